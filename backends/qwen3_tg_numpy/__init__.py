@@ -1,0 +1,92 @@
+"""The reference: a dense Qwen3 in plain numpy, to be read first and to judge every device by.
+
+    model = qwen3_tg_numpy.load("path/to/Qwen3-0.6B")
+    logits = model.logits([9707, 11, 1879])                        # (3, V), float32
+    ids = list(model.generate_ids([9707, 11, 1879], max_new_tokens=16))
+
+It computes what transformers' Qwen3ForCausalLM computes, in float32, from the weights as stored,
+and is slow by choice: no kernels, no quantised formats. Its only import is numpy; it shares no code
+with qwen3_tg, so that the two have no mistake in common by construction.
+
+In the order of reading: config.py, checkpoint.py, model.py, sampling.py, generate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from qwen3_tg_numpy.checkpoint import read_weights
+from qwen3_tg_numpy.config import CheckpointError, ModelConfig, read_eos_token_ids, read_json
+from qwen3_tg_numpy.generate import generate_ids
+from qwen3_tg_numpy.model import KVCache, Qwen3
+from qwen3_tg_numpy.sampling import GREEDY, Sampling
+
+__all__ = [
+    "GREEDY",
+    "CheckpointError",
+    "KVCache",
+    "ModelConfig",
+    "Qwen3",
+    "Reference",
+    "Sampling",
+    "load",
+]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A loaded model. Ids are a sequence of ints; every method raises ValueError for none at all,
+    for ids outside the vocabulary and for more than config.max_position_embeddings of them."""
+
+    config: ModelConfig
+    model: Qwen3
+    eos_token_ids: tuple[int, ...]
+
+    def logits(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """One row of scores for the next token after each id. ids: (S,) -> (S, V) float32"""
+        return self.model.forward(ids)
+
+    def trace(self, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Every intermediate by its name, in the order of computation, as `model.Trace` lists them.
+
+        ids: (S,) -> name: array"""
+        seen: dict[str, np.ndarray] = {}
+        self.model.forward(ids, trace=seen.__setitem__)
+        return seen
+
+    def generate_ids(
+        self,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] | None = None,
+    ) -> Iterator[int]:
+        """The tokens after `ids`, one at a time, as `generate.generate_ids` makes them.
+
+        `stop_ids`: None is the checkpoint's own end tokens, () is none."""
+        stop = self.eos_token_ids if stop_ids is None else stop_ids
+        return generate_ids(
+            self.model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop
+        )
+
+
+def load(path: str | PathLike[str]) -> Reference:
+    """Open a Hugging Face directory: config.json, the safetensors file or its shards, and
+    generation_config.json where there is one. Weights stay mapped until they are used.
+
+    Raises CheckpointError, a ValueError, that names the file and the key or tensors for whatever is
+    missing, damaged or not computed here."""
+    path = Path(path)
+    raw = read_json(path / "config.json")
+    config = ModelConfig.from_dict(raw, where=str(path / "config.json"))
+    return Reference(
+        config=config,
+        model=Qwen3(config, read_weights(path, config.weight_shapes())),
+        eos_token_ids=read_eos_token_ids(path, raw),
+    )

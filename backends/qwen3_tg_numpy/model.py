@@ -1,0 +1,249 @@
+"""Qwen3: token ids in, logits out. Read it from top to bottom.
+
+Names are those of the checkpoint: `self.layers[3].self_attn.q_proj` holds the tensor called
+model.layers.3.self_attn.q_proj.weight. Axes: S new positions, T all positions so far, H query
+heads, K key/value heads, Hd head size, D hidden, F intermediate, V vocabulary. There is no batch
+axis: one sequence at a time. `start_pos` is the position of the first new token.
+
+Everything is float32. What it computes is transformers' Qwen3ForCausalLM with eager attention; it
+is written from the formulae, and the same model on tinygrad is qwen3_tg/model.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from qwen3_tg_numpy.checkpoint import to_float32
+from qwen3_tg_numpy.config import ModelConfig
+
+Array = np.ndarray  # float32, but for ids
+Weights = Mapping[str, Array]  # as stored: checkpoint.to_float32 decodes
+Trace = Callable[[str, Array], None]
+"""Told the name and value of each intermediate, in this order: embed_tokens (S, D); for each layer,
+after `layers.{i}.`: input_layernorm (S, D), self_attn.q_proj (S, H*Hd), .k_proj .v_proj (S, K*Hd),
+.q_norm (S, H, Hd), .k_norm (S, K, Hd), .q_rope, .k_rope likewise, .scores (H, S, T) scaled and
+before the mask, .probs (H, S, T), .mix (S, H*Hd) the input of .o_proj (S, D),
+post_attention_layernorm (S, D), mlp.gate_proj .up_proj .act (S, F), act being silu(gate) * up,
+mlp.down_proj (S, D); `layers.{i}` (S, D), the block's output; norm (S, D); lm_head (S, V)."""
+
+
+def no_trace(name: str, value: Array) -> None:
+    """Forget it."""
+
+
+class Linear:
+    """A matrix without bias. x: (S, inputs) -> (S, outputs)"""
+
+    ROWS = 16384  # decoded at a time: bounds memory where the head of a large model has 151,936
+
+    def __init__(self, weight: Array):
+        self.weight = weight  # (outputs, inputs)
+
+    def __call__(self, x: Array) -> Array:
+        starts = range(0, len(self.weight), self.ROWS)
+        parts = [x @ to_float32(self.weight[i : i + self.ROWS]).T for i in starts]
+        return np.concatenate(parts, axis=-1)
+
+
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4).
+
+    x: (..., D) -> (..., D)"""
+
+    def __init__(self, weight: Array, eps: float):
+        self.weight, self.eps = to_float32(weight), np.float32(eps)
+
+    def __call__(self, x: Array) -> Array:
+        mean_square = np.mean(x * x, axis=-1, keepdims=True)
+        scaled: Array = x / np.sqrt(mean_square + self.eps) * self.weight
+        return scaled
+
+
+def rope_table(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+    """Cosine and sine of the angle position * rope_theta ** (-2i / Hd) for each pair i of a head
+    (Su et al. 2021, arXiv:2104.09864, section 3.4.2). positions: (S,) -> 2 x (S, 1, Hd)
+
+    Frequencies and angles are rounded to float32, as in transformers. Near position 40,000 that
+    moves an angle by thousandths, and by as much between two libraries' powers."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    inv_freq = np.float32(1) / np.float32(config.rope_theta) ** exponent  # (Hd/2,)
+    angle = positions.astype(np.float32)[:, None] * inv_freq  # (S, Hd/2)
+    angle = np.concatenate([angle, angle], axis=-1)[:, None, :]  # (S, 1, Hd)
+    return np.cos(angle), np.sin(angle)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn the pairs (x[i], x[i + Hd/2]) of every head: split-half, as Hugging Face stores Qwen3;
+    the paper's pairs are neighbours. x: (S, heads, Hd) -> (S, heads, Hd)"""
+    first, second = np.split(x, 2, axis=-1)
+    turned: Array = x * cos + np.concatenate([-second, first], axis=-1) * sin
+    return turned
+
+
+def softmax(x: Array) -> Array:
+    """x: (..., T) -> (..., T), each row with sum 1"""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    probs: Array = e / e.sum(axis=-1, keepdims=True)
+    return probs
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x). x: (..., F) -> (..., F)"""
+    with np.errstate(over="ignore"):  # exp(-x) may be infinite; x / inf is the right 0
+        out: Array = x / (1 + np.exp(-x))
+    return out
+
+
+class LayerCache:
+    """Keys (normalised and rotated) and values of one layer. k, v: (T, K, Hd)"""
+
+    def __init__(self, config: ModelConfig):
+        self.k = np.zeros((0, config.num_key_value_heads, config.head_dim), dtype=np.float32)
+        self.v = self.k
+
+    def update(self, k: Array, v: Array) -> tuple[Array, Array]:
+        """Append S new positions and return all T. k, v: (S, K, Hd) -> 2 x (T, K, Hd)"""
+        self.k, self.v = np.concatenate([self.k, k]), np.concatenate([self.v, v])
+        return self.k, self.v
+
+
+class KVCache:
+    """One LayerCache a layer. The next token's position is how many are stored, and kept nowhere
+    else."""
+
+    def __init__(self, config: ModelConfig):
+        self.layers = [LayerCache(config) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def length(self) -> int:
+        return len(self.layers[0].k)
+
+
+class Attention:
+    """Grouped-query attention: H query heads read K key/value heads (Ainslie et al. 2023,
+    arXiv:2305.13245), each query and key head normalised before it is rotated (QK-norm)."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, name: str):
+        self.name, self.config = name, config
+        self.q_proj = Linear(weights[f"model.{name}.q_proj.weight"])
+        self.k_proj = Linear(weights[f"model.{name}.k_proj.weight"])
+        self.v_proj = Linear(weights[f"model.{name}.v_proj.weight"])
+        self.o_proj = Linear(weights[f"model.{name}.o_proj.weight"])
+        self.q_norm = RMSNorm(weights[f"model.{name}.q_norm.weight"], config.rms_norm_eps)
+        self.k_norm = RMSNorm(weights[f"model.{name}.k_norm.weight"], config.rms_norm_eps)
+
+    def __call__(self, x: Array, cache: LayerCache, start_pos: int, trace: Trace) -> Array:
+        """x: (S, D) -> (S, D)"""
+        H, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        S, Hd = len(x), self.config.head_dim
+        positions = np.arange(start_pos, start_pos + S)
+        # 1. Project to heads.
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        # 2. Normalise each head, then rotate it by its position.
+        q_normed = self.q_norm(q.reshape(S, H, Hd))
+        k_normed = self.k_norm(k.reshape(S, K, Hd))
+        cos, sin = rope_table(self.config, positions)
+        q_rope, k_rope = apply_rope(q_normed, cos, sin), apply_rope(k_normed, cos, sin)
+        # 3. Store the new keys and values, and take all of them so far.
+        all_k, all_v = cache.update(k_rope, v.reshape(S, K, Hd))  # (T, K, Hd)
+        # 4. Scores: H / K neighbouring query heads share a key/value head, so repeat each so often.
+        all_k, all_v = np.repeat(all_k, H // K, axis=1), np.repeat(all_v, H // K, axis=1)
+        scores = q_rope.transpose(1, 0, 2) @ all_k.transpose(1, 2, 0)  # (H, S, T)
+        scores = scores / np.sqrt(np.float32(Hd))
+        # 5. Causal mask: a query reads its own position and earlier ones.
+        visible = np.arange(len(all_k)) <= positions[:, None]  # (S, T)
+        probs = softmax(np.where(visible, scores, np.float32(-np.inf)))
+        # 6. Mix the values by these weights, and project back.
+        mix = (probs @ all_v.transpose(1, 0, 2)).transpose(1, 0, 2).reshape(S, H * Hd)
+        out = self.o_proj(mix)
+        steps = {"q_proj": q, "k_proj": k, "v_proj": v, "q_norm": q_normed, "k_norm": k_normed}
+        steps |= {"q_rope": q_rope, "k_rope": k_rope, "scores": scores, "probs": probs}
+        steps |= {"mix": mix, "o_proj": out}
+        for name, value in steps.items():
+            trace(f"{self.name}.{name}", value)
+        return out
+
+
+class MLP:
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202). x: (S, D) -> (S, D)"""
+
+    def __init__(self, weights: Weights, name: str):
+        self.name = name
+        self.gate_proj = Linear(weights[f"model.{name}.gate_proj.weight"])
+        self.up_proj = Linear(weights[f"model.{name}.up_proj.weight"])
+        self.down_proj = Linear(weights[f"model.{name}.down_proj.weight"])
+
+    def __call__(self, x: Array, trace: Trace) -> Array:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        act = silu(gate) * up
+        out = self.down_proj(act)
+        steps = {"gate_proj": gate, "up_proj": up, "act": act, "down_proj": out}
+        for name, value in steps.items():
+            trace(f"{self.name}.{name}", value)
+        return out
+
+
+class Block:
+    """One decoder layer: attention, then MLP, each on a normalised copy and added to the stream."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, name: str):
+        self.name, eps = name, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(weights[f"model.{name}.input_layernorm.weight"], eps)
+        self.self_attn = Attention(config, weights, f"{name}.self_attn")
+        self.post_attention_layernorm = RMSNorm(
+            weights[f"model.{name}.post_attention_layernorm.weight"], eps
+        )
+        self.mlp = MLP(weights, f"{name}.mlp")
+
+    def __call__(self, x: Array, cache: LayerCache, start_pos: int, trace: Trace) -> Array:
+        """x: (S, D) -> (S, D)"""
+        normed = self.input_layernorm(x)
+        trace(f"{self.name}.input_layernorm", normed)
+        h = x + self.self_attn(normed, cache, start_pos, trace)
+        normed = self.post_attention_layernorm(h)
+        trace(f"{self.name}.post_attention_layernorm", normed)
+        out: Array = h + self.mlp(normed, trace)
+        trace(self.name, out)
+        return out
+
+
+class Qwen3:
+    """The whole model. `weights` holds every tensor of `config.weight_shapes()`, as stored."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.config = config
+        self.embed_tokens = weights["model.embed_tokens.weight"]  # (V, D)
+        names = [f"layers.{i}" for i in range(config.num_hidden_layers)]
+        self.layers = [Block(config, weights, name) for name in names]
+        self.norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = Linear(self.embed_tokens if tied else weights["lm_head.weight"])
+
+    def hidden(self, ids: Sequence[int] | Array, cache: KVCache, trace: Trace = no_trace) -> Array:
+        """Embedding and blocks, at the positions that follow the cache's. ids: (S,) -> (S, D)"""
+        start_pos = cache.length
+        x = to_float32(self.embed_tokens[self.config.check_ids(ids, start_pos)])
+        trace("embed_tokens", x)
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = block(x, layer_cache, start_pos, trace)
+        return x
+
+    def logits(self, x: Array, trace: Trace = no_trace) -> Array:
+        """Final norm and output head, for whichever rows are wanted. x: (S, D) -> (S, V)"""
+        normed = self.norm(x)
+        logits = self.lm_head(normed)
+        trace("norm", normed)
+        trace("lm_head", logits)
+        return logits
+
+    def forward(
+        self,
+        ids: Sequence[int] | Array,
+        cache: KVCache | None = None,
+        trace: Trace = no_trace,
+    ) -> Array:
+        """Logits of every new position; a cache goes on where it ended. ids: (S,) -> (S, V)"""
+        cache = KVCache(self.config) if cache is None else cache
+        return self.logits(self.hidden(ids, cache, trace), trace)

@@ -1,0 +1,7 @@
+"""`python -m qwen3_tg` is the command `qwen3`."""
+
+import sys
+
+from qwen3_tg.cli import main
+
+sys.exit(main())

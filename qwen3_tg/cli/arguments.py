@@ -1,0 +1,163 @@
+"""What can be typed: commands, options, and the prompt from the command line and stdin."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+from qwen3_tg.errors import UsageError
+
+COMMANDS = ("generate", "chat", "tokenize", "devices")
+_DESCRIPTION = """\
+Qwen3 on whatever hardware you have.
+
+  qwen3 "What is 37 + 85?"          ask the small embedded model
+  qwen3 --model DIR "Hello"         ask a Qwen3 on disk, or one in the Hugging Face cache
+  cat FILE | qwen3 "summarise"      the prompt, an empty line, and then what comes on stdin
+  qwen3 chat                        talk; Ctrl-C stops an answer, Ctrl-D ends
+  qwen3 tokenize "Hello"            show the tokens of a text
+  qwen3 devices                     show what this machine can compute on
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see: {self.prog} --help)")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command and its options; without a command word it is `generate`. Raises UsageError."""
+    for argument in argv:
+        if not _is_text(argument):
+            raise UsageError(f"an argument is not valid UTF-8: {argument!r}")
+    named = bool(argv) and argv[0] in COMMANDS
+    options = _parser(argv[0] if named else None).parse_args(argv[1:] if named else argv)
+    options.command = argv[0] if named else "generate"
+    if not named and len(options.prompt) == 1 and options.prompt[0] in COMMANDS:
+        word = options.prompt[0]
+        raise UsageError(
+            f"the command comes first: qwen3 {word} [options]; "
+            f"to send the word itself as a prompt: qwen3 generate {word}"
+        )
+    return options
+
+
+def read_text(words: list[str], keep_end: bool = False) -> str:
+    """Words joined by spaces; `-` stands for stdin; piped stdin that no `-` asks for follows after
+    an empty line. Line breaks at the end of stdin are dropped unless `keep_end`. Raises
+    UsageError."""
+    piped = not sys.stdin.isatty() if sys.stdin else False
+    stdin = _read_stdin() if piped or "-" in words else ""
+    if not keep_end:
+        stdin = stdin.rstrip("\r\n")
+    if "-" in words:
+        return " ".join(stdin if word == "-" else word for word in words)
+    return "\n\n".join(part for part in (" ".join(words), stdin) if part)
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(
+            f"stdin is not valid UTF-8: byte 0x{data[e.start]:02x} at offset {e.start}; "
+            "convert it first, for instance with iconv"
+        ) from None
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parser(command: str | None) -> _Parser:
+    parser = _Parser(
+        prog=f"qwen3 {command}" if command else "qwen3",
+        description=_DESCRIPTION if command in (None, "generate") else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if command is None:
+        parser.add_argument("--version", action="version", version=f"qwen3_tg {_version()}")
+    if command == "devices":
+        return parser
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        metavar="M",
+        help="a Hugging Face directory, a name in the local hub cache (Qwen/Qwen3-0.6B), or tiny",
+    )
+    if command == "tokenize":
+        _add_tokenize(parser)
+        return parser
+    if command != "chat":
+        parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="the text; - is stdin")
+        parser.add_argument(
+            "--raw", action="store_true", help="continue the prompt as it is, without a template"
+        )
+    _add_run(parser)
+    _add_generation(parser)
+    return parser
+
+
+def _add_run(parser: _Parser) -> None:
+    run = parser.add_argument_group("where it runs")
+    run.add_argument("--device", metavar="D", help="CPU, METAL, AMD, CUDA ... (see: qwen3 devices)")
+    run.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="what it computes in; by default the best the device does well",
+    )
+    run.add_argument(
+        "--context", type=int, metavar="N", help="most tokens of prompt and answer together"
+    )
+    run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
+
+
+def _add_generation(parser: _Parser) -> None:
+    reply = parser.add_argument_group("the answer (defaults are the checkpoint's own)")
+    reply.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    reply.add_argument("--thinking", choices=("on", "off"), help="think first (default: on)")
+    reply.add_argument(
+        "--thinking-budget", type=int, metavar="N", help="most tokens of thinking; then it answers"
+    )
+    reply.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of the answer, thinking apart"
+    )
+    reply.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token")
+    reply.add_argument("--top-p", type=float, metavar="P", help="likeliest tokens that sum up to P")
+    reply.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens; 0 is all")
+    reply.add_argument("--min-p", type=float, metavar="P", help="at least P times the likeliest's")
+    reply.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")
+    reply.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated"
+    )
+    reply.add_argument(
+        "--allow-special",
+        action="store_true",
+        help="let special tokens such as <|im_end|> in your text act as such",
+    )
+
+
+def _add_tokenize(parser: _Parser) -> None:
+    parser.add_argument("prompt", nargs="*", metavar="TEXT", help="the text; - is stdin")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--ids", action="store_true", help="only the ids, on one line")
+    form.add_argument("--count", action="store_true", help="only how many there are")
+    form.add_argument("--decode", action="store_true", help="the other way: TEXT holds ids")
+
+
+def _version() -> str:
+    try:
+        return version("qwen3-tg")
+    except PackageNotFoundError:  # run from the source tree
+        from qwen3_tg import __version__
+
+        return __version__

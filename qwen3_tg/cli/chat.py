@@ -1,0 +1,135 @@
+"""`qwen3 chat`: a conversation. On a terminal with line editing and history; from a pipe, each line
+is a message."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from qwen3_tg.cli import terminal
+from qwen3_tg.cli.generate import (
+    check_sampling,
+    choose_sampling,
+    load_model,
+    reply,
+    with_system,
+)
+from qwen3_tg.errors import ContextError, Qwen3Error, UsageError
+from qwen3_tg.llm import LLM
+from qwen3_tg.reply import End, Piece
+
+_HELP = """\
+/thinking on|off   think before answering, or not
+/clear             forget the conversation
+/help              this text
+/exit              leave (also Ctrl-D)
+Ctrl-C stops an answer. /think and /no_think in a message reach the model, whose own switches they
+are."""
+_FOR_THE_MODEL = ("/think", "/no_think")
+
+
+class Conversation:
+    """What has been said, and how the next turn is made."""
+
+    def __init__(self, llm: LLM, options: argparse.Namespace):
+        self._llm, self._options = llm, options
+        self.sampling = choose_sampling(options, llm)
+        self.messages: list[dict[str, str]] = []
+
+    def command(self, line: str) -> bool:
+        """Obey a line such as /clear; False if it says to leave."""
+        word, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if word in ("/exit", "/quit", "/bye"):
+            return False
+        if word == "/clear":
+            self.messages = []
+            terminal.note("(forgotten)")
+        elif word == "/thinking" and argument in ("on", "off"):
+            self._options.thinking = argument
+            terminal.note(f"(thinking is {argument})")
+        elif word == "/help":
+            terminal.note(_HELP)
+        else:
+            terminal.note(f"unknown command {line!r}; /help lists them")
+        return True
+
+    def turn(self, text: str) -> None:
+        """Answer a message. Stopped with Ctrl-C, what was answered so far is kept; after an error
+        or with no answer at all, the message is as if never sent."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        printer = terminal.ReplyPrinter()
+
+        def show(piece: Piece) -> None:
+            if isinstance(piece, End):
+                printer.finish()
+                terminal.note_end(piece, self.sampling.seed, self._options.verbose)
+            printer.show(piece)
+
+        try:
+            pieces = reply(
+                self._llm, with_system(messages, self._options), self.sampling, self._options
+            )
+            terminal.stream(pieces, show)
+        except KeyboardInterrupt:
+            printer.finish()
+            terminal.note("(stopped)")
+        except ContextError as e:
+            terminal.note(f"error: {e}; /clear starts anew")
+            return
+        except Qwen3Error as e:
+            terminal.note(f"error: {e}")
+            return
+        if printer.text:
+            self.messages = [*messages, {"role": "assistant", "content": printer.text}]
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Load the model and talk until the input ends."""
+    check_sampling(options)
+    read = _terminal_reader() if sys.stdin.isatty() and sys.stdout.isatty() else _pipe_reader()
+    llm = load_model(options)
+    _ = llm.chat_template  # a model without one is refused before the first question
+    conversation = Conversation(llm, options)
+    if sys.stdin.isatty():
+        terminal.note(f"{options.model} on {llm.policy.device}; /help for help, Ctrl-D to leave")
+    while (line := read()) is not None:
+        if not line.strip():
+            continue
+        if line.startswith("/") and line.split()[0] not in _FOR_THE_MODEL:
+            if not conversation.command(line.strip()):
+                return
+        else:
+            conversation.turn(line)
+
+
+def _terminal_reader() -> Callable[[], str | None]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import InMemoryHistory
+
+    session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+
+    def read() -> str | None:
+        while True:
+            try:
+                return session.prompt("> ")
+            except KeyboardInterrupt:
+                continue  # drops the line being typed
+            except EOFError:
+                return None
+
+    return read
+
+
+def _pipe_reader() -> Callable[[], str | None]:
+    def read() -> str | None:
+        line = sys.stdin.buffer.readline()
+        try:
+            return line.decode("utf-8").rstrip("\r\n") if line else None
+        except UnicodeDecodeError as e:
+            raise UsageError(
+                f"stdin is not valid UTF-8: byte 0x{line[e.start]:02x} in {line[:40]!r}"
+            ) from None
+
+    return read

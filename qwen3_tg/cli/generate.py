@@ -1,0 +1,114 @@
+"""`qwen3 PROMPT`: one prompt, one streamed answer. Also loads the model for `qwen3 chat`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from qwen3_tg.cli import terminal
+from qwen3_tg.cli.arguments import read_text
+from qwen3_tg.errors import UsageError
+from qwen3_tg.llm import LLM, load
+from qwen3_tg.reply import End, Piece, Text
+from qwen3_tg.sampling import Sampling
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Answer the prompt, or with --raw continue it."""
+    if options.raw:
+        for name in ("system", "thinking", "thinking_budget", "allow_special"):
+            if getattr(options, name):
+                raise UsageError(f"--{name.replace('_', '-')} has no meaning with --raw")
+    check_sampling(options)
+    prompt = read_text(options.prompt, keep_end=options.raw)
+    if not prompt.strip():
+        raise UsageError('the prompt is empty: qwen3 "a question", or qwen3 chat to talk')
+    llm = load_model(options)
+    sampling = choose_sampling(options, llm)
+    pieces = _continue(llm, prompt, sampling, options) if options.raw else None
+    if pieces is None:
+        messages = [{"role": "user", "content": prompt}]
+        pieces = reply(llm, with_system(messages, options), sampling, options)
+    printer = terminal.ReplyPrinter()
+
+    def show(piece: Piece) -> None:
+        if isinstance(piece, End):
+            printer.finish()
+            terminal.note_end(piece, sampling.seed, options.verbose)
+        printer.show(piece)
+
+    try:
+        terminal.stream(pieces, show)
+    except KeyboardInterrupt:
+        printer.finish()
+        raise
+
+
+def load_model(options: argparse.Namespace) -> LLM:
+    """The model of --model, --device, --dtype and --context, with progress."""
+    began = time.perf_counter()
+    with terminal.loading() as on_progress:
+        llm = load(options.model, options.device, options.dtype, options.context, on_progress)
+    if options.verbose:
+        terminal.note_device(llm.policy, time.perf_counter() - began)
+    return llm
+
+
+def check_sampling(options: argparse.Namespace) -> None:
+    """Refuse impossible numbers before anything is loaded."""
+    Sampling(**_given(options))
+    for name in ("max_new_tokens", "context"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
+    if options.thinking_budget is not None and options.thinking_budget < 0:
+        raise UsageError(f"--thinking-budget must be at least 0, found {options.thinking_budget}")
+    if options.thinking_budget is not None and options.thinking == "off":
+        raise UsageError("--thinking-budget has no meaning with --thinking off")
+
+
+def choose_sampling(options: argparse.Namespace, llm: LLM) -> Sampling:
+    """What was asked for on top of the checkpoint's advice."""
+    return replace(llm.default_sampling(), **_given(options))
+
+
+def with_system(
+    messages: list[dict[str, str]], options: argparse.Namespace
+) -> list[dict[str, str]]:
+    return [{"role": "system", "content": options.system}] * bool(options.system) + messages
+
+
+def reply(
+    llm: LLM, messages: list[dict[str, str]], sampling: Sampling, options: argparse.Namespace
+) -> Iterator[Piece]:
+    """The model's turn, as the options say."""
+    return llm.chat(
+        messages,
+        thinking=options.thinking != "off",
+        thinking_budget=options.thinking_budget,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        stop=options.stop,
+        allow_special=options.allow_special,
+    )
+
+
+def _continue(
+    llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespace
+) -> Iterator[Piece]:
+    ends: list[End] = []
+    texts = llm.generate(prompt, options.max_new_tokens, sampling, options.stop, ends.append)
+
+    def pieces() -> Iterator[Piece]:
+        yield from map(Text, texts)
+        yield from ends
+
+    return pieces()
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("temperature", "top_p", "top_k", "min_p", "seed")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -1,0 +1,62 @@
+"""`qwen3 tokenize` and `qwen3 devices`: look at what the model would read and run on."""
+
+from __future__ import annotations
+
+import argparse
+
+from qwen3_tg import device as devices
+from qwen3_tg.checkpoint import locate
+from qwen3_tg.cli.arguments import read_text
+from qwen3_tg.errors import CheckpointError, DeviceError, UsageError
+from qwen3_tg.tokenizer import Tokenizer
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    """Print a line a token: its id and its text; or ids, or a count, or the text of ids."""
+    directory = locate(options.model)
+    if not (directory / "tokenizer.json").is_file():
+        raise CheckpointError(f"{directory}: no tokenizer.json in it")
+    tokenizer = Tokenizer(directory / "tokenizer.json")
+    text = read_text(options.prompt, keep_end=True)
+    if not text:
+        raise UsageError("no text: qwen3 tokenize TEXT, or pipe one in")
+    if options.decode:
+        words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
+        if wrong := [word for word in words if not word.isdecimal()]:
+            raise UsageError(f"--decode takes token ids, found {wrong[0]!r}")
+        print(tokenizer.decode(map(int, words)))
+        return
+    ids = tokenizer.encode(text)
+    if options.count:
+        print(len(ids))
+    elif options.ids:
+        print(*ids)
+    else:
+        for id in ids:
+            part = tokenizer.token_bytes(id)
+            print(f"{id:>6}  {_shown(part)}")
+
+
+def show_devices() -> None:
+    """Print every device, whether it works, its native types, and which one is chosen and why."""
+    try:
+        chosen, reason = (policy := devices.choose()).device, policy.reason
+    except DeviceError:
+        chosen, reason = None, ""
+    for report in devices.reports():
+        if report.problem:
+            print(f"  {report.name:<7} no    {report.problem}")
+        else:
+            mark = f"  <- chosen: {reason}" if report.name == chosen else ""
+            types = ", ".join(t for t in devices.DTYPE_NAMES if t in report.native)
+            print(f"{'*' if mark else ' '} {report.name:<7} works {report.what} ({types}){mark}")
+    if chosen is None:
+        raise DeviceError("no device works; the lines above say what is missing")
+
+
+def _shown(part: bytes) -> str:
+    """A token's text in quotes; its bytes where it is only a part of a character."""
+    try:
+        return repr(part.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(part)

@@ -1,0 +1,70 @@
+"""The keys and values of every position computed so far, layer by layer.
+
+Layout: k and v of a layer are (B, capacity, K, Hd) each. Position comes before head so that a row's
+address does not depend on the capacity. A cache starts small and grows in steps, so that a model
+with room for 40,960 tokens does not take the memory of 40,960 tokens for a short chat.
+
+Touches tinygrad's internals: `UOp.store` and `UOp.after`, the write that may stand in a `function`.
+"""
+
+from __future__ import annotations
+
+from tinygrad import Tensor, UOp
+from tinygrad.dtype import DType
+
+from qwen3_tg.config import ModelConfig
+
+FIRST_STEP = 2048  # positions; each later step is GROWTH times as large
+GROWTH = 4
+
+
+class LayerCache:
+    """Keys and values of one layer; see the module for the layout."""
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: DType, device: str):
+        shape = (1, capacity, config.num_key_value_heads, config.head_dim)
+        # never read before they are written, so nothing needs to be put there first
+        self.k = Tensor.empty(*shape, dtype=dtype, device=device).realize()
+        self.v = Tensor.empty(*shape, dtype=dtype, device=device).realize()
+
+    def update(self, k: Tensor, v: Tensor, start_pos: UOp) -> tuple[Tensor, Tensor]:
+        """Write S new positions and return all T = start_pos + S of them.
+
+        k, v: (B, S, K, Hd) -> (B, T, K, Hd)"""
+        S = k.shape[1]
+
+        def write(cache: Tensor, new: Tensor) -> Tensor:
+            rows = cache[:, start_pos : start_pos + S].uop
+            written = Tensor(cache.uop.after(rows.store(new.cast(cache.dtype).uop)))
+            return written[:, : start_pos + S]
+
+        return write(self.k, k), write(self.v, v)
+
+
+class KVCache:
+    """One LayerCache a layer, all with room for `capacity` positions of at most `limit`."""
+
+    def __init__(self, config: ModelConfig, limit: int, dtype: DType, device: str):
+        self._config, self._dtype, self._device = config, dtype, device
+        self.limit = limit
+        self.capacity = min(limit, FIRST_STEP)
+        self.layers = self._allocate()
+
+    def _allocate(self) -> list[LayerCache]:
+        one = (self._config, self.capacity, self._dtype, self._device)
+        return [LayerCache(*one) for _ in range(self._config.num_hidden_layers)]
+
+    def reserve(self, positions: int) -> bool:
+        """Make room for `positions`, keeping what is there. True if the buffers are new ones, and
+        whatever was compiled against the old ones must be compiled again."""
+        assert positions <= self.limit, "the caller checks the context"
+        if positions <= self.capacity:
+            return False
+        used = self.capacity
+        while self.capacity < positions:
+            self.capacity = min(self.limit, self.capacity * GROWTH)
+        old, self.layers = self.layers, self._allocate()
+        for before, now in zip(old, self.layers, strict=True):
+            now.k[:, :used].assign(before.k).realize()
+            now.v[:, :used].assign(before.v).realize()
+        return True

@@ -1,0 +1,336 @@
+"""The public object: a loaded model that takes text, messages or ids. Ties the rooms below
+together.
+
+`Checkpoint` says what is on disk, `device.choose` how to run it, `Engine` computes, and the text
+side (tokenizer, template, reply parser) stands around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen3_tg import compiler
+from qwen3_tg import device as devices
+from qwen3_tg.chat import ChatTemplate, Message, check_messages, encode_chat
+from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
+from qwen3_tg.config import ModelConfig
+from qwen3_tg.errors import ChatError, UsageError
+from qwen3_tg.kernel_cache import KernelCache
+from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
+from qwen3_tg.sampling import Sampling
+from qwen3_tg.stop_strings import StopStrings
+from qwen3_tg.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwen3_tg.generate import Engine, Generation
+
+# What Qwen advises to close the thinking with when its budget is spent (Qwen3 documentation,
+# "Thinking Budget").
+BUDGET_SPENT = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
+    f"thinking directly now.\n{END_THINK}\n\n"
+)
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+def load(
+    model: str = "tiny",
+    device: str | None = None,
+    dtype: str | None = None,
+    context: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LLM:
+    """Load a model: "tiny" (the embedded one), a Hugging Face directory, or a name in the hub's
+    cache.
+
+    `dtype` is what it computes in: "float32", "float16" or "bfloat16"; by default the best the
+    device does well. `context` is the most tokens of prompt and answer together; by default what
+    the checkpoint was made for. `on_progress` is called with bytes of weights done and all of them.
+
+    Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
+    checkpoint = open_checkpoint(str(model))
+    longest = checkpoint.config.max_position_embeddings
+    if context is not None and not 1 <= context <= longest:
+        raise UsageError(f"context must be from 1 to {longest} for this model, found {context}")
+    policy = devices.choose(device, dtype)
+    return LLM(checkpoint, policy, context or longest, on_progress)
+
+
+class LLM:
+    """A loaded model. `config` is its shape, `tokenizer` None where the checkpoint has none,
+    `policy` says which device it runs on and in which types."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        policy: devices.Policy,
+        context: int,
+        on_progress: Callable[[int, int], None] | None = None,
+    ):
+        self.checkpoint, self.policy, self.context = checkpoint, policy, context
+        self.config: ModelConfig = checkpoint.config
+        self.tokenizer = Tokenizer(file) if (file := checkpoint.tokenizer_file) else None
+        self._engine = _start_engine(checkpoint, policy, context, on_progress)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's template. Raises ChatError if there is none or it is broken."""
+        if self.checkpoint.chat_template is None:
+            raise ChatError(
+                f"{self.checkpoint.path} has no chat template: it is a base model; "
+                "complete plain text with --raw, or llm.generate()"
+            )
+        return ChatTemplate(self.checkpoint.chat_template)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text: those of generation_config.json (or config.json), the end of a
+        turn in the chat template, and the end of a document."""
+        ids = set(self.checkpoint.generation.eos_token_ids)
+        if self.tokenizer:
+            added = self.tokenizer.added_tokens
+            template = self.checkpoint.chat_template or ""
+            ids |= {added[t] for t in ("<|im_end|>",) if t in added and t in template}
+            ids |= {added[t] for t in ("<|endoftext|>",) if t in added}
+        return frozenset(ids)
+
+    def default_sampling(self, seed: int | None = None) -> Sampling:
+        """The checkpoint's own advice, with this seed or a random one."""
+        advice = self.checkpoint.generation
+        return Sampling(
+            temperature=advice.temperature,
+            top_p=advice.top_p,
+            top_k=advice.top_k,
+            min_p=advice.min_p,
+            seed=secrets.randbits(32) if seed is None else seed,
+        )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        add_generation_prompt: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """The text of a conversation, by the checkpoint's own template. Raises ChatError."""
+        names = dict(self.checkpoint.special_tokens) | template_kwargs
+        return self.chat_template.render(messages, tools, add_generation_prompt, **names)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after each of `ids`: (S, V) float32."""
+        return self._engine.all_logits(ids)
+
+    def generate_ids(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int | None = None,
+        sampling: Sampling = Sampling(temperature=0),
+        stop_ids: Collection[int] | None = None,
+    ) -> Generation:
+        """The ids that follow, one by one, without the stop id. `max_new_tokens` None: as many as
+        the context holds. `stop_ids` None: the checkpoint's own; (): none.
+
+        Raises UsageError or ContextError."""
+        from qwen3_tg.generate import Generation
+
+        stop_ids = self.stop_ids if stop_ids is None else stop_ids
+        return Generation(self._engine, ids, max_new_tokens, sampling, stop_ids)
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        on_end: Callable[[End], None] | None = None,
+    ) -> Iterator[str]:
+        """Continue a text as it is, without a template; special tokens in it act as such. Gives
+        whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how it
+        ended."""
+        if not prompt:
+            raise UsageError("the prompt is empty: there is nothing to continue")
+        strings = StopStrings(stop)
+        tokenizer = self._need_tokenizer()
+        generation = self.generate_ids(
+            tokenizer.encode(prompt), max_new_tokens, sampling or self.default_sampling()
+        )
+
+        def stream() -> Iterator[str]:
+            decoder = tokenizer.stream()
+            for id in generation:
+                if text := strings.push(decoder.push(id)):
+                    yield text
+                if strings.found:
+                    break
+            else:
+                if text := strings.push(decoder.flush()) + strings.flush():
+                    yield text
+            if on_end:
+                on_end(_end(generation, strings.found, thinking_tokens=0))
+
+        return stream()
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        thinking: bool = True,
+        *,
+        thinking_budget: int | None = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        allow_special: bool = False,
+        **template_kwargs: Any,
+    ) -> Iterator[Piece]:
+        """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
+
+        `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
+        the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
+        `stop` strings end the answer. `allow_special` lets special tokens in the messages act."""
+        check_messages(messages)
+        if thinking_budget is not None and thinking_budget < 0:
+            raise UsageError(f"thinking_budget must be at least 0, found {thinking_budget}")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+        text, ids = self._encode(messages, tools, thinking, allow_special, template_kwargs)
+        in_thinking = text.rstrip("\n").endswith(THINK)
+        if in_thinking and not thinking:
+            raise UsageError("this model always thinks: its template has no switch for it")
+        generation = self.generate_ids(ids, None, sampling or self.default_sampling())
+        parser = ReplyParser(in_thinking, tools=bool(tools))
+        strings = StopStrings(stop)
+        return self._reply(generation, parser, strings, thinking_budget, max_new_tokens)
+
+    def _encode(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        thinking: bool,
+        allow_special: bool,
+        template_kwargs: Mapping[str, Any],
+    ) -> tuple[str, list[int]]:
+        def render(messages: Sequence[Message], tools: Tools | None) -> str:
+            options = {"add_generation_prompt": True, "enable_thinking": thinking}
+            return self.render(messages, tools, **(options | dict(template_kwargs)))
+
+        tokenizer = self._need_tokenizer()
+        if not allow_special:
+            return encode_chat(render, tokenizer, messages, tools)
+        text = render(messages, tools)
+        return text, tokenizer.encode(text)
+
+    def _reply(
+        self,
+        generation: Generation,
+        parser: ReplyParser,
+        strings: StopStrings,
+        thinking_budget: int | None,
+        max_new_tokens: int | None,
+    ) -> Iterator[Piece]:
+        tokenizer = self._need_tokenizer()
+        decoder = tokenizer.stream()
+        thought = 0  # tokens of thinking; its tags are not among them
+        not_answer = 0  # tokens before the answer
+
+        def cut(pieces: list[Piece]) -> Iterator[Piece]:
+            """Stop strings end the answer; they mean nothing in thinking and tool calls."""
+            for piece in pieces:
+                if not isinstance(piece, Text):
+                    if held := strings.flush():
+                        yield Text(held)
+                    yield piece
+                elif text := strings.push(piece.text):
+                    yield Text(text)
+                if strings.found:
+                    return
+
+        while True:
+            if parser.thinking and thinking_budget is not None and thought >= thinking_budget:
+                ids = generation.insert(tokenizer.encode(BUDGET_SPENT))
+                yield from cut(parser.push("".join(map(decoder.push, ids))))
+                not_answer = generation.new_tokens
+            generation.max_new_tokens = (
+                None if parser.thinking or max_new_tokens is None else not_answer + max_new_tokens
+            )
+            was_thinking = parser.thinking
+            id = next(generation, None)
+            if id is None:
+                break
+            yield from cut(parser.push(decoder.push(id)))
+            if parser.thinking or was_thinking:
+                thought += was_thinking and parser.thinking
+                not_answer = generation.new_tokens
+            if strings.found:
+                break
+        if not strings.found:
+            yield from cut(parser.push(decoder.flush()) + parser.finish())
+            if held := strings.flush():
+                yield Text(held)
+        yield _end(generation, strings.found, thought, not_answer)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError(
+                f"{self.checkpoint.path} has no tokenizer.json: only ids can be given, "
+                "through llm.generate_ids() and llm.logits()"
+            )
+        return self.tokenizer
+
+
+def _end(
+    generation: Generation, stop_string: bool, thinking_tokens: int, not_answer: int = 0
+) -> End:
+    return End(
+        reason="stop_string" if stop_string else generation.stop_reason or "stop",
+        prompt_tokens=generation.prompt_tokens,
+        thinking_tokens=thinking_tokens,
+        answer_tokens=generation.new_tokens - not_answer,
+        first_token_s=generation.first_token_s,
+        later_tokens_s=generation.later_tokens_s,
+    )
+
+
+def _start_engine(
+    checkpoint: Checkpoint,
+    policy: devices.Policy,
+    context: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Engine:
+    """Put the weights on the device, one at a time, and build the model around them."""
+    from tinygrad import Tensor
+
+    from qwen3_tg.generate import Engine
+    from qwen3_tg.linear import DTYPES, to_device
+    from qwen3_tg.model import Qwen3
+    from qwen3_tg.rope import rope_table
+
+    # one file of kernels for each shape of model, so that none is loaded in vain
+    formats = [weight.format for weight in checkpoint.weights.values()]
+    shape = f"{checkpoint.config} {formats} {policy.device} {policy.dtype} {policy.prefill_chunk}"
+    name = f"{compiler.fingerprint()}-{hashlib.sha256(shape.encode()).hexdigest()[:16]}"
+    kernels = KernelCache(compiler.cache_dir(), name)
+    kernels.load()
+
+    native, size = policy.native, 4 if policy.dtype == "float32" else 2
+    stored = checkpoint.weights.values()
+    needed = sum(w.data.nbytes if w.format in native else w.data.size * size for w in stored)
+    devices.check_memory(policy, needed)
+    total, done = sum(weight.data.nbytes for weight in stored), 0
+    weights = {}
+    for weight_name, weight in checkpoint.weights.items():
+        weights[weight_name] = to_device(weight, policy.device, native, policy.dtype)
+        done += weight.data.nbytes
+        if on_progress:
+            on_progress(done, total)
+    table = rope_table(checkpoint.config, context + policy.prefill_chunk)
+    rope = Tensor(table, device=policy.device).realize()
+    model = Qwen3(checkpoint.config, weights, rope, DTYPES[policy.dtype])
+    return Engine(model, policy.device, policy.dtype, context, policy.prefill_chunk, kernels)

@@ -1,0 +1,154 @@
+"""Qwen3: token ids in, logits out. Read it from top to bottom.
+
+    embed_tokens ─> [ x + self_attn(norm(x)) ; x + mlp(norm(x)) ] x num_hidden_layers ─> norm ─>
+    lm_head
+
+Names are those of the checkpoint: `self.layers[3].self_attn.q_proj` holds the tensor called
+model.layers.3.self_attn.q_proj.weight. Axes: B batch, S new positions, T all positions so far,
+H query heads, K key/value heads, G = H / K query heads that share one key/value head, Hd head
+size, D hidden, F intermediate, V vocabulary. `start_pos` is the position of the first new token; it
+is symbolic, so that one compiled graph serves every position.
+
+Nothing here reads files, chooses devices or samples. The same model in plain numpy, in the same
+order, is backends/qwen3_tg_numpy/model.py. What it computes is transformers' Qwen3ForCausalLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tinygrad import Tensor, UOp, dtypes, function
+from tinygrad.dtype import DType
+
+from qwen3_tg.config import ModelConfig
+from qwen3_tg.kv_cache import KVCache, LayerCache
+from qwen3_tg.linear import Embedding, Linear
+from qwen3_tg.rope import apply_rope
+
+
+class RMSNorm:
+    """Scale each vector to a root mean square of one, then each of its numbers by a learned weight
+    (Zhang & Sennrich 2019, arXiv:1910.07467). x: (..., D) -> (..., D)"""
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x32 = x.float()  # squares of half-precision numbers overflow and round
+        normed = x32 * (x32.square().mean(axis=-1, keepdim=True) + self.eps).rsqrt()
+        return normed.cast(x.dtype) * self.weight.cast(x.dtype)
+
+
+class Attention:
+    """Grouped-query attention: H query heads read K < H key/value heads, which keeps the cache
+    small (Ainslie et al. 2023, arXiv:2305.13245). Qwen3 normalises each query and key head
+    (QK-norm) before it rotates them, in place of the biases that Qwen2 had."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], name: str):
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(weights[f"{name}.q_proj.weight"])
+        self.k_proj = Linear(weights[f"{name}.k_proj.weight"])
+        self.v_proj = Linear(weights[f"{name}.v_proj.weight"])
+        self.o_proj = Linear(weights[f"{name}.o_proj.weight"])
+        self.q_norm = RMSNorm(weights[f"{name}.q_norm.weight"], config.rms_norm_eps)
+        self.k_norm = RMSNorm(weights[f"{name}.k_norm.weight"], config.rms_norm_eps)
+
+    def __call__(self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp) -> Tensor:
+        """x: (B, S, D) -> (B, S, D)"""
+        B, S, _ = x.shape
+        H, K, Hd = self.num_heads, self.num_kv_heads, self.head_dim
+        # 1. Project to heads.
+        q = self.q_proj(x).reshape(B, S, H, Hd)
+        k = self.k_proj(x).reshape(B, S, K, Hd)
+        v = self.v_proj(x).reshape(B, S, K, Hd)
+        # 2. Normalise each head, then rotate it by its position.
+        q = apply_rope(self.q_norm(q), rope, start_pos)
+        k = apply_rope(self.k_norm(k), rope, start_pos)
+        # 3. Store the new keys and values, and take all of them so far.
+        k, v = cache.update(k, v, start_pos)  # (B, T, K, Hd)
+        T = start_pos + S
+        # 4. Scores: query heads kG ... kG+G-1 read key/value head k.
+        q = q.reshape(B, S, K, H // K, Hd).permute(0, 2, 3, 1, 4)  # (B, K, G, S, Hd)
+        k = k.permute(0, 2, 3, 1).reshape(B, K, 1, Hd, T)
+        v = v.permute(0, 2, 1, 3).reshape(B, K, 1, T, Hd)
+        scores = q.float().dot(k.float()) * Hd**-0.5  # (B, K, G, S, T)
+        # 5. Causal mask: the query at start_pos + s reads positions 0 ... start_pos + s.
+        if S > 1:
+            key_pos = Tensor.arange(cache.k.shape[1])[:T].reshape(1, T)
+            query_pos = Tensor.arange(S).reshape(S, 1) + start_pos  # type: ignore[operator]
+            scores = (key_pos <= query_pos).where(scores, -float("inf"))
+        # 6. Mix the values by the softmax of the scores, and project back.
+        mix = scores.softmax(axis=-1).dot(v.float()).cast(x.dtype)  # (B, K, G, S, Hd)
+        return self.o_proj(mix.permute(0, 3, 1, 2, 4).reshape(B, S, H * Hd))
+
+
+class MLP:
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x)).
+
+    x: (B, S, D) -> (B, S, D). A mixture-of-experts layer will stand beside it, with the same
+    call."""
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str):
+        self.gate_proj = Linear(weights[f"{name}.gate_proj.weight"])
+        self.up_proj = Linear(weights[f"{name}.up_proj.weight"])
+        self.down_proj = Linear(weights[f"{name}.down_proj.weight"])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.gate_proj(x).silu() * self.up_proj(x))
+
+
+class Block:
+    """One decoder layer: attention, then MLP, each on a normalised copy and added to the stream."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], name: str):
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(weights[f"{name}.input_layernorm.weight"], eps)
+        self.self_attn = Attention(config, weights, f"{name}.self_attn")
+        self.post_attention_layernorm = RMSNorm(
+            weights[f"{name}.post_attention_layernorm.weight"], eps
+        )
+        self.mlp = MLP(weights, f"{name}.mlp")
+
+    def __call__(self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp) -> Tensor:
+        """x: (B, S, D) -> (B, S, D)"""
+
+        # `function` schedules the first block and reuses its kernels for all others
+        @function(precompile=True, allow_implicit=True)
+        def block(x: Tensor, start_pos: UOp) -> Tensor:
+            h = x + self.self_attn(self.input_layernorm(x), rope, cache, start_pos)
+            return (h + self.mlp(self.post_attention_layernorm(h))).contiguous()
+
+        return block(x, start_pos)
+
+
+class Qwen3:
+    """The whole model. `weights` holds every tensor of `config.weight_shapes()` on one device;
+    `rope` is the table of `rope_table` there; `dtype` is what activations are computed in."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], rope: Tensor, dtype: DType
+    ):
+        self.config, self.rope, self.dtype = config, rope, dtype
+        self.embed_tokens = Embedding(weights["model.embed_tokens.weight"])
+        self.layers = [
+            Block(config, weights, f"model.layers.{i}") for i in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
+        self.lm_head = (
+            self.embed_tokens.as_linear()
+            if config.tie_word_embeddings
+            else Linear(weights["lm_head.weight"])
+        )
+
+    def hidden(self, ids: Tensor, cache: KVCache, start_pos: UOp) -> Tensor:
+        """Embedding and blocks; writes the new positions into the cache. ids: (B, S) -> (B, S,
+        D)"""
+        x = self.embed_tokens(ids, self.dtype)
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = block(x, self.rope, layer_cache, start_pos)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and output head, for whichever rows are wanted. x: (B, S, D) -> (B, S, V)"""
+        return self.lm_head(self.norm(x)).cast(dtypes.float32)

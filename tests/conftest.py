@@ -1,0 +1,76 @@
+"""Shared by all tests: the device they run on, and the golden checkpoints."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# Read by tinygrad when it is first imported. Tests that need another device start a process.
+os.environ["DEV"] = "CPU"
+
+import numpy as np
+import pytest
+
+from qwen3_tg.compiler import prepare_environment
+
+prepare_environment()  # tests import tinygrad themselves
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+
+# Measured: at most 2.9e-5 on the golden checkpoints, whose logits have a standard deviation of one.
+FLOAT32_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What transformers computed for a checkpoint (tools/make_golden.py)."""
+
+    name: str
+    path: Path
+    values: dict[str, np.ndarray]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.values["ids"].tolist()
+
+    @property
+    def logits(self) -> np.ndarray:
+        return self.values["logits"]
+
+    @property
+    def greedy_ids(self) -> list[int]:
+        return self.values["greedy_ids"].tolist()
+
+
+def load_golden(name: str) -> Golden:
+    with np.load(GOLDEN / name / "golden.npz") as values:
+        return Golden(name, GOLDEN / name, dict(values))
+
+
+@pytest.fixture(params=GOLDEN_NAMES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_on_the_cpu_with_clang() -> None:
+    from qwen3_tg.device import choose
+
+    assert choose().device == "CPU"
+    from tinygrad.device import Device
+
+    assert type(Device["CPU"].renderer).__name__ == "ClangRenderer"
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Equal shapes and values within `tolerance`; says how far apart they are."""
+    assert found.shape == expected.shape, f"shape {found.shape}, expected {expected.shape}"
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    relative = difference.max() / max(np.abs(expected).max(), 1e-30)
+    agree = (found.argmax(-1) == expected.argmax(-1)).mean()
+    assert difference.max() <= tolerance, (
+        f"max abs error {difference.max():.3g} > {tolerance:.3g}, max relative {relative:.3g}, "
+        f"argmax agrees at {agree:.1%}"
+    )

@@ -1,0 +1,385 @@
+"""The command as a user types it: what goes to stdout and to stderr, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen3_tg.cli import main, terminal
+from qwen3_tg.reply import Text, Thinking, ToolCall
+
+COMMAND = [sys.executable, "-m", "qwen3_tg"]
+SUM = "What is 37 + 85?"
+
+
+def qwen3(*arguments: str, stdin: bytes = b"", **more: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a real process."""
+    run = subprocess.run(
+        [*COMMAND, *arguments], input=stdin, capture_output=True, timeout=120, **more
+    )
+    return run.returncode, run.stdout.decode(), run.stderr.decode()
+
+
+def one_error(stderr: str) -> str:
+    """The only line of stderr, which must be an error and no traceback."""
+    lines = stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    return lines[0]
+
+
+class Stdin(io.TextIOWrapper):
+    """A pipe that holds these bytes."""
+
+    def __init__(self, data: bytes = b""):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _empty_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin())
+
+
+class TestGenerate:
+    def test_stdout_holds_only_the_answer_and_stderr_the_thinking(self) -> None:
+        code, out, err = qwen3(SUM)
+        assert (code, out) == (0, "122\n")
+        assert "7+5=12" in err and "122" in err
+        assert "\x1b" not in out + err, "no colours in a pipe"
+
+    def test_the_command_word_may_be_given(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["generate", "--thinking", "off", "hi"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("Hello!") and err == ""
+
+    def test_stdin_follows_the_prompt_after_an_empty_line(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from qwen3_tg.cli.arguments import read_text
+
+        monkeypatch.setattr(sys, "stdin", Stdin("Größe\r\n".encode()))
+        assert read_text(["sum", "up"]) == "sum up\n\nGröße"
+        monkeypatch.setattr(sys, "stdin", Stdin(b"text\n"))
+        assert read_text([]) == "text"
+        monkeypatch.setattr(sys, "stdin", Stdin(b"text\n"))
+        assert read_text(["say", "-", "twice"]) == "say text twice"
+        monkeypatch.setattr(sys, "stdin", Stdin(b"text\n"))
+        assert read_text([], keep_end=True) == "text\n"
+
+    def test_a_prompt_from_a_pipe(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", Stdin(SUM.encode()))
+        assert main([]) == 0
+        assert capsys.readouterr().out == "122\n"
+
+    def test_raw_continues_the_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prompt = f"<|im_start|>user\n{SUM}<|im_end|>\n<|im_start|>assistant\n"
+        assert main(["--raw", prompt, "--max-new-tokens", "7"]) == 0
+        out, err = capsys.readouterr()
+        assert out == "<think>\n37+85\n\n"[: len(out) - 1] + "\n"
+        assert err == "(cut off at --max-new-tokens)\n"
+
+    def test_verbose_tells_device_counts_times_and_seed(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["-v", "--seed", "5", SUM]) == 0
+        err = capsys.readouterr().err
+        assert "device CPU (set by DEV), float32; loaded in" in err
+        assert "thinking 27, answer 4; first token after" in err
+        assert "ended by stop; seed 5" in err
+
+    def test_a_thinking_budget_and_a_stop_string(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--thinking-budget", "3", "--stop", ".", SUM]) == 0
+        assert "Considering the limited time by the user" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            ([], "the prompt is empty"),
+            (["  "], "the prompt is empty"),
+            (["--nonsense", "x"], "unrecognized arguments: --nonsense"),
+            (["--temperature", "hot", "x"], "--temperature"),
+            (["--temperature", "-1", "x"], "temperature must be at least 0, found -1"),
+            (["--top-p", "0", "x"], "top_p must be above 0"),
+            (["--max-new-tokens", "0", "x"], "--max-new-tokens must be at least 1"),
+            (["--context", "0", "x"], "--context must be at least 1"),
+            (["--context", "9999", "x"], "context must be from 1 to 2048"),
+            (["--thinking-budget", "-1", "x"], "--thinking-budget must be at least 0"),
+            (
+                ["--thinking", "off", "--thinking-budget", "3", "x"],
+                "no meaning with --thinking off",
+            ),
+            (["--thinking", "perhaps", "x"], "--thinking"),
+            (["--raw", "--system", "s", "x"], "--system has no meaning with --raw"),
+            (["--raw", "--thinking", "on", "x"], "--thinking has no meaning with --raw"),
+            (["--stop", "", "x"], "stop strings must be a list of texts"),
+            (["--device", "TOASTER", "x"], "unknown device 'TOASTER'"),
+            (["--model", "tiny", "chat"], "the command comes first: qwen3 chat"),
+            (["chat", "hello"], "unrecognized arguments: hello"),
+            (["tokenize"], "no text"),
+            (["tokenize", "--decode", "x"], "--decode takes token ids, found 'x'"),
+        ],
+    )
+    def test_a_wrong_call_is_one_line_and_exit_code_2(
+        self, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert text in one_error(err)
+        assert out == ""
+
+    @pytest.mark.parametrize(
+        ("model", "text"),
+        [
+            ("/no/such/folder", "no such directory"),
+            ("no-org/no-model", "get it with: hf download no-org/no-model"),
+            ("Qwen3-0.6B", "get it with: hf download Qwen/Qwen3-0.6B"),
+        ],
+    )
+    def test_a_missing_model_is_one_line_and_exit_code_1(
+        self,
+        model: str,
+        text: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        assert main(["--model", model, "hi"]) == 1
+        assert text in one_error(capsys.readouterr().err)
+
+    def test_a_prompt_longer_than_the_context(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["7" * 3000]) == 1
+        assert "no room for an answer" in one_error(capsys.readouterr().err)
+
+    def test_invalid_utf8_on_stdin_names_the_byte(self) -> None:
+        code, out, err = qwen3("summarise", stdin=b"caf\xe9 ole")
+        assert (code, out) == (2, "")
+        assert "byte 0xe9 at offset 3" in one_error(err)
+
+    def test_an_invalid_argument_is_one_line(self) -> None:
+        run = subprocess.run([*COMMAND, b"caf\xe9"], capture_output=True, stdin=subprocess.DEVNULL)
+        assert run.returncode == 2
+        assert "not valid UTF-8" in one_error(run.stderr.decode())
+
+    def test_debug_shows_the_traceback(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--debug", "--model", "/no/such", "x"]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("Traceback") and err.splitlines()[-1].startswith("error: ")
+
+    def test_an_unexpected_failure_is_one_line_too(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(options: object) -> None:
+            raise ZeroDivisionError("of\ntwo lines")
+
+        monkeypatch.setattr("qwen3_tg.cli.generate.generate", fail)
+        assert main(["x"]) == 1
+        line = one_error(capsys.readouterr().err)
+        assert "unexpected ZeroDivisionError: of two lines (run again with --debug" in line
+
+
+class TestEndings:
+    def test_a_closed_pipe_is_silent_and_141(self) -> None:
+        process = subprocess.Popen(
+            [*COMMAND, "tokenize", "1 2 3 " * 20_000],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == b"    16  '1'\n"
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+
+    def test_ctrl_c_ends_with_130_and_leaves_nothing_running(self) -> None:
+        process = subprocess.Popen(
+            [*COMMAND, "--raw", "1+1+1+1"],  # never ends by itself
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdout and process.stderr
+        assert process.stdout.read(1), "it has begun to answer"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+        assert b"Traceback" not in process.stderr.read()
+        time.sleep(0.5)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+
+
+class TestTokenizeAndDevices:
+    def test_tokens_are_shown_with_their_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["tokenize", "7ö<|im_end|>"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ["22", "'7'"]
+        assert lines[1].endswith("b'\\xc3'"), "half a character is shown as its byte"
+        assert lines[-1].split() == ["770", "'<|im_end|>'"]
+
+    def test_ids_count_and_decode(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["tokenize", "--ids", SUM]) == 0
+        ids = capsys.readouterr().out
+        assert main(["tokenize", "--count", SUM]) == 0
+        assert int(capsys.readouterr().out) == len(ids.split())
+        monkeypatch.setattr(sys, "stdin", Stdin(ids.encode()))
+        assert main(["tokenize", "--decode"]) == 0
+        assert capsys.readouterr().out == SUM + "\n"
+
+    def test_devices_marks_the_one_it_would_take(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["devices"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (chosen,) = [line for line in lines if line.startswith("*")]
+        assert "CPU" in chosen and "works" in chosen and "set by DEV" in chosen
+        assert all(" works " in line or " no " in line for line in lines)
+
+
+class TestChat:
+    def test_each_line_of_a_pipe_is_a_turn(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = f"{SUM}\n\nnow add 12\n/thinking off\nhi\n/nonsense\n/clear\n/exit\nnever sent\n"
+        monkeypatch.setattr(sys, "stdin", Stdin(lines.encode()))
+        assert main(["chat"]) == 0
+        out, err = capsys.readouterr()
+        answers = out.splitlines()
+        assert answers[:2] == ["122", "134"]
+        assert answers[2].startswith("Hello!") and len(answers) == 3
+        assert "unknown command '/nonsense'" in err and "(forgotten)" in err
+
+    def test_a_turn_that_does_not_fit_is_as_if_never_sent(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = f"{SUM}\n{'7' * 3000}\nnow add 12\n"
+        monkeypatch.setattr(sys, "stdin", Stdin(lines.encode()))
+        assert main(["chat"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines() == ["122", "134"]
+        assert "/clear starts anew" in err
+
+    def test_ctrl_c_stops_the_answer_and_not_the_program(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stream, calls = terminal.stream, []
+
+        def break_off(pieces: object, show: object) -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            stream(pieces, show)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(terminal, "stream", break_off)
+        monkeypatch.setattr(sys, "stdin", Stdin(f"{SUM}\nhi\nnow add 12\n".encode()))
+        assert main(["chat"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines() == ["122", "134"]
+        assert "(stopped)" in err
+
+
+PROMPT = "\x1b[?2004h"  # prompt_toolkit is ready for keys
+
+
+class TestRealTerminal:
+    """The command on a terminal of its own, with a keyboard."""
+
+    def test_a_conversation_with_keys(self) -> None:
+        process, screen = self.start("chat", "-v")
+        self.wait(screen, PROMPT)
+        os.write(screen, f"{SUM}\r".encode())
+        shown = self.wait(screen, PROMPT)
+        assert "\n122\r\n" in shown
+        assert "\x1b[2m" in shown, "thinking is dim"
+        os.write(screen, b"half a line\x03")  # Ctrl-C drops the line and stays
+        self.wait(screen, PROMPT)
+        os.write(screen, b"now add 12\r")
+        assert "\n134\r\n" in self.wait(screen, PROMPT)
+        os.write(screen, b"\x04")  # Ctrl-D
+        assert process.wait(30) == 0
+
+    def test_ctrl_c_while_it_answers_stops_only_the_answer(self) -> None:
+        process, screen = self.start("chat")
+        self.wait(screen, PROMPT)
+        os.write(screen, f"{SUM}\r".encode())
+        self.wait(screen, "reading the prompt")
+        os.write(screen, b"\x03")
+        assert "(stopped)" in self.wait(screen, PROMPT)
+        os.write(screen, b"/exit\r")
+        assert process.wait(30) == 0
+
+    def test_the_cursor_is_back_after_ctrl_c_of_a_single_answer(self) -> None:
+        process, screen = self.start(SUM)
+        self.wait(screen, "reading the prompt")
+        os.write(screen, b"\x03")
+        assert process.wait(30) == 130
+        shown = self.rest(screen)
+        assert "Traceback" not in shown
+        assert shown.rfind("\x1b[?25h") >= shown.rfind("\x1b[?25l"), "the cursor stays hidden"
+
+    def start(self, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+        screen, keyboard = pty.openpty()
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=keyboard,
+            stdout=keyboard,
+            stderr=keyboard,
+            env=os.environ | {"TERM": "xterm"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(keyboard)
+        return process, screen
+
+    def wait(self, screen: int, text: str, timeout_s: float = 60) -> str:
+        """Read the screen until `text` comes; all that was read."""
+        shown, end = "", time.monotonic() + timeout_s
+        while text not in shown:
+            assert time.monotonic() < end, f"{text!r} did not come: {shown!r}"
+            if select.select([screen], [], [], 1)[0]:
+                shown += os.read(screen, 4096).decode(errors="replace")
+        return shown
+
+    def rest(self, screen: int) -> str:
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux says EIO at the end
+            while part := os.read(screen, 4096):
+                shown += part
+        return shown.decode(errors="replace")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestTerminal:
+    def test_thinking_is_dim_and_control_characters_never_reach_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out, err = Terminal(), Terminal()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        printer = terminal.ReplyPrinter()
+        printer.show(Thinking("hm"))
+        printer.show(Text("a\x1b[2Jb\x07\n\tc"))
+        printer.show(ToolCall("f", {"x": 1}))
+        printer.finish()
+        assert err.getvalue() == "\x1b[2mhm\x1b[0m\n\n"
+        assert out.getvalue() == 'a\ufffd[2Jb\ufffd\n\tc{"name": "f", "arguments": {"x": 1}}\n'

@@ -1,0 +1,157 @@
+"""Device choice: what is taken, what is refused, and what the user is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import dtypes
+from tinygrad.helpers import Context
+
+from qwen3_tg import compiler, device
+from qwen3_tg.checkpoint import StoredWeight
+from qwen3_tg.errors import DeviceError, UsageError
+from qwen3_tg.linear import to_device
+
+
+def test_the_cpu_is_found_and_computes_in_float32() -> None:
+    policy = device.choose("cpu")
+    assert (policy.device, policy.dtype, policy.reason) == ("CPU", "float32", "asked for")
+    assert policy.native == {"float32", "float16", "bfloat16"}
+
+
+def test_dev_is_respected_where_no_device_is_asked_for() -> None:
+    assert device.choose().reason == "set by DEV"
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"unknown device 'GPU'; known: METAL, AMD, .*CPU"):
+        device.choose("GPU")
+    with pytest.raises(UsageError, match="unknown device 'CPU:x'"):
+        device.choose("CPU:x")
+
+
+def test_an_absent_device_says_what_is_missing() -> None:
+    absent = "METAL" if sys.platform != "darwin" else "AMD"
+    with pytest.raises(DeviceError, match=f"device {absent} does not work: "):
+        device.choose(absent)
+
+
+def test_an_unknown_dtype_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"dtype must be one of float32, .*found 'int8'"):
+        device.choose("CPU", "int8")
+
+
+def test_a_dtype_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_native_formats", lambda name: frozenset({"float32"}))
+    with pytest.raises(DeviceError, match="CPU does not compute in bfloat16"):
+        device.choose("CPU", "bfloat16")
+
+
+def test_a_gpu_with_bfloat16_computes_in_it_and_one_without_in_float32() -> None:
+    assert device._best_dtype("CUDA", frozenset({"float32", "bfloat16"})) == "bfloat16"
+    assert device._best_dtype("METAL", frozenset({"float32", "float16"})) == "float32"
+
+
+def test_by_itself_the_first_that_works_is_taken_but_no_software_opencl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    working, names = {"CL", "CPU"}, {"CL": "pocl-haswell-AMD", "CPU": "clang"}
+    monkeypatch.setattr(device, "_problem", lambda n: None if n in working else "absent")
+    monkeypatch.setattr(device, "_describe", lambda name: names[name])
+    with Context(DEV=""):
+        assert device._pick(None) == ("CPU", "the first that works")
+        names["CL"] = "Intel(R) Arc(TM) Graphics"
+        assert device._pick(None) == ("CL", "the first that works")
+        working.clear()
+        with pytest.raises(DeviceError, match=r"no device works here\. CPU: absent"):
+            device._pick(None)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is unknown here")
+def test_weights_larger_than_the_free_memory_are_refused() -> None:
+    policy = device.choose("CPU")
+    device.check_memory(policy, 10**6)
+    with pytest.raises(DeviceError, match=r"weights take 931322.6 GiB and [\d.]+ GiB of memory"):
+        device.check_memory(policy, 10**15)
+
+
+def test_the_report_names_every_device_once_and_never_raises() -> None:
+    reports = {report.name: report for report in device.reports()}
+    assert reports["CPU"].problem is None
+    assert {"METAL", "AMD", "CUDA", "CL", "CPU", "WEBGPU"} <= set(reports)
+    assert all(report.problem is None or "\n" not in report.problem for report in reports.values())
+
+
+@pytest.mark.parametrize("format", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_weight_keeps_its_exact_values_on_the_device(format: str, native: bool) -> None:
+    values = np.array([[1.5, -0.0078125, 3.0], [0.0, 255.0, -2.0]], dtype=np.float32)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    stored = bits if format == "bfloat16" else values.astype(format)
+    formats = {"float32", format} if native else {"float32"}
+    tensor = to_device(StoredWeight(format, stored), "CPU", formats, "float32")
+    assert tensor.device == "CPU"
+    assert tensor.dtype == (getattr(dtypes, format) if native else dtypes.float32)
+    assert np.array_equal(tensor.float().numpy(), values)
+
+
+class TestCompiler:
+    def test_a_clang_that_is_too_old_and_a_gcc_are_passed_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake(tmp_path / "clang", "Debian clang version 14.0.6")
+        fake(tmp_path / "cc", "cc (Debian 12.2.0) 12.2.0")
+        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+        monkeypatch.setenv("CC", "cc")
+        monkeypatch.setattr(compiler, "_ziglang", lambda: None)
+        assert compiler.find_compiler.__wrapped__() is None
+
+    @pytest.mark.parametrize(
+        "version",
+        ["clang version 19.1.7", "Ubuntu clang version 16.0.0", "Apple clang version 15.0.0"],
+    )
+    def test_a_fitting_clang_is_taken(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+    ) -> None:
+        fake(tmp_path / "my-clang", version)
+        monkeypatch.setenv("CC", str(tmp_path / "my-clang"))
+        found = compiler.find_compiler.__wrapped__()
+        assert found == compiler.Compiler(tmp_path / "my-clang", version)
+
+    def test_without_any_compiler_one_line_says_how_to_get_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(compiler, "find_compiler", lambda: None)
+        with pytest.raises(
+            DeviceError, match=r"no C compiler .*pip install 'qwen3-tg\[compiler\]'"
+        ):
+            device.choose("CPU")
+
+    def test_the_fingerprint_changes_with_the_compiler(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = compiler.fingerprint()
+        other = compiler.Compiler(Path("clang"), "clang version 99")
+        monkeypatch.setattr(compiler, "find_compiler", lambda: other)
+        assert compiler.fingerprint() != before
+
+    def test_an_unwritable_cache_is_no_error(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        code = (
+            "import os, qwen3_tg.compiler as c; c.prepare_environment(); "
+            "from qwen3_tg.device import choose; print(choose('CPU').device)"
+        )
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")}
+        env.pop("CACHEDB", None)
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (0, "CPU\n"), run.stderr
+
+
+def fake(path: Path, version: str) -> None:
+    path.write_text(f"#!/bin/sh\necho '{version}'\n")
+    path.chmod(0o755)

@@ -1,0 +1,131 @@
+"""The layout of the house: which room may import which, read from every import statement."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the ground up; a module imports from its own floor or a lower one.
+FLOORS = [
+    ["errors"],
+    ["sampling", "stop_strings", "kernel_cache", "compiler"],
+    ["config", "tokenizer", "reply", "device"],
+    ["checkpoint", "chat"],
+    ["linear", "rope", "kv_cache"],
+    ["model"],
+    ["generate"],
+    ["llm"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
+WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
+WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler"]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def roots(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+PRODUCT = sorted((ROOT / "qwen3_tg").rglob("*.py"))
+REFERENCE = sorted((ROOT / "backends" / "qwen3_tg_numpy").rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def test_every_room_is_there() -> None:
+    assert len(PRODUCT) > 15
+    assert len(REFERENCE) > 4
+    assert len(EXAMPLES) > 2
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_product_never_imports_tools_tests_or_examples(path: Path) -> None:
+    assert not roots(path) & {"tools", "tests", "examples", "conftest", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("path", REFERENCE, ids=lambda p: p.name)
+def test_the_reference_is_independent(path: Path) -> None:
+    allowed = {"numpy", "safetensors", "gguf", "ml_dtypes", "qwen3_tg_numpy", "__future__"}
+    assert roots(path) <= allowed | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_examples_use_the_public_interface_alone(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    private = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr[0] == "_"]
+    assert [name for name in private if not name.startswith("__")] == []
+    import qwen3_tg
+
+    for name in imports(path):
+        if name.startswith("qwen3_tg."):
+            assert name.removeprefix("qwen3_tg.") in qwen3_tg.__all__
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    parts = path.relative_to(ROOT / "qwen3_tg").with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    for name in imports(path):
+        names = name.split(".")
+        if names[0] != "qwen3_tg" or len(names) == 1 or names[1] == "__version__":
+            continue
+        if parts[0] != names[1]:
+            assert names[1] in FLOOR, f"{names[1]} has no floor: give it one here"
+            assert FLOOR[names[1]] <= FLOOR[parts[0]], f"{path.name} imports {name}, a floor above"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in PRODUCT:
+        module = path.relative_to(ROOT / "qwen3_tg").with_suffix("").parts[0]
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("qwen3_tg.")}
+        graph.setdefault(module, set()).update((used & set(FLOOR)) - {module})
+    while leaves := {m for m, used in graph.items() if not used & set(graph)}:
+        for leaf in leaves:
+            del graph[leaf]
+    assert not graph, f"circle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TINYGRAD)
+def test_text_and_files_need_no_tinygrad(module: str) -> None:
+    code = f"import qwen3_tg.{module}, sys; sys.exit('tinygrad' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import qwen3_tg, sys; heavy = {'tinygrad', 'numpy', 'tokenizers', 'jinja2'}; "
+    code += "sys.exit(bool(heavy & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_model_and_reference_have_the_same_parts_in_the_same_order() -> None:
+    def classes(path: Path) -> list[str]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        return [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+
+    ours = classes(ROOT / "qwen3_tg" / "model.py")
+    theirs = classes(ROOT / "backends" / "qwen3_tg_numpy" / "model.py")
+    assert [name for name in theirs if name in ours] == ours
+
+
+def test_the_page_to_learn_qwen3_from_stays_short() -> None:
+    lines = (ROOT / "qwen3_tg" / "model.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 250
