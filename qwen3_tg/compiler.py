@@ -43,8 +43,7 @@ class Compiler:
 
 
 def cache_dir() -> Path:
-    """Our folder in the user's cache: compiled kernels and the compiler's wrapper. May not
-    exist."""
+    """Our folder in the user's cache, for compiled kernels and the compiler's wrapper; not made."""
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "qwen3_tg"
     home = Path.home()

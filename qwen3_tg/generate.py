@@ -45,8 +45,7 @@ class Engine:
     def next_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits for the token after `ids`, which start at position 0: (V,) float32.
 
-        Raises ContextError if they do not fit, UsageError for no ids or ids out of the
-        vocabulary."""
+        Raises ContextError if they do not fit, UsageError for none or ids out of range."""
         ids = list(ids)
         self._check(ids)
         # 1. Keep what the cache holds of these ids; the last one is computed in any case.
@@ -90,8 +89,7 @@ class Engine:
             )
 
     def _forget_from(self, start: int) -> None:
-        """Before rows from `start` on are overwritten: a step that breaks off leaves them
-        unknown."""
+        """To call before rows from `start` on are overwritten: a step may break off halfway."""
         del self._cached_ids[start:]
 
     def _reserve(self, positions: int) -> None:

@@ -1,8 +1,8 @@
-"""The public object: a loaded model that takes text, messages or ids. Ties the rooms below
-together.
+"""The public object: a loaded model that takes text, messages or ids.
 
-`Checkpoint` says what is on disk, `device.choose` how to run it, `Engine` computes, and the text
-side (tokenizer, template, reply parser) stands around it.
+It ties the rooms below together and knows none of their insides: `Checkpoint` says what is on disk,
+`device.choose` how to run it, `Engine` computes, and the text side (tokenizer, template, reply
+parser) stands around it.
 """
 
 from __future__ import annotations
@@ -151,9 +151,10 @@ class LLM:
         stop: Sequence[str] = (),
         on_end: Callable[[End], None] | None = None,
     ) -> Iterator[str]:
-        """Continue a text as it is, without a template; special tokens in it act as such. Gives
-        whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how it
-        ended."""
+        """Continue a text as it is, without a template; special tokens in it act as such.
+
+        Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
+        it ended."""
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
         strings = StopStrings(stop)

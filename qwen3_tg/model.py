@@ -1,7 +1,7 @@
 """Qwen3: token ids in, logits out. Read it from top to bottom.
 
-    embed_tokens ─> [ x + self_attn(norm(x)) ; x + mlp(norm(x)) ] x num_hidden_layers ─> norm ─>
-    lm_head
+    embed_tokens ─> num_hidden_layers times [ x + self_attn(norm(x)) ; x + mlp(norm(x)) ]
+                 ─> norm ─> lm_head
 
 Names are those of the checkpoint: `self.layers[3].self_attn.q_proj` holds the tensor called
 model.layers.3.self_attn.q_proj.weight. Axes: B batch, S new positions, T all positions so far,
@@ -86,8 +86,7 @@ class Attention:
 class MLP:
     """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x)).
 
-    x: (B, S, D) -> (B, S, D). A mixture-of-experts layer will stand beside it, with the same
-    call."""
+    x: (B, S, D) -> (B, S, D). A mixture of experts will stand beside it, with the same call."""
 
     def __init__(self, weights: Mapping[str, Tensor], name: str):
         self.gate_proj = Linear(weights[f"{name}.gate_proj.weight"])
@@ -142,8 +141,9 @@ class Qwen3:
         )
 
     def hidden(self, ids: Tensor, cache: KVCache, start_pos: UOp) -> Tensor:
-        """Embedding and blocks; writes the new positions into the cache. ids: (B, S) -> (B, S,
-        D)"""
+        """Embedding and blocks; writes the new positions into the cache.
+
+        ids: (B, S) -> (B, S, D)"""
         x = self.embed_tokens(ids, self.dtype)
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = block(x, self.rope, layer_cache, start_pos)

@@ -1,5 +1,4 @@
-"""End a stream of text at a stop string, which may come in parts, without ever printing its
-start."""
+"""End a stream of text at a stop string, which may come in parts, and never let its start out."""
 
 from __future__ import annotations
 

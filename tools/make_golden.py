@@ -106,8 +106,9 @@ def main() -> None:
 
 
 def record(case: Case, folder: Path) -> dict[str, Any]:
-    """Write one case with the first seed that gives a clear greedy path; what it is like, for
-    versions.json."""
+    """Write one case with the first seed that gives a clear greedy path.
+
+    Gives what versions.json says of it."""
     for seed in range(1000):
         shutil.rmtree(folder, ignore_errors=True)
         rng = np.random.default_rng(seed)

@@ -32,9 +32,8 @@ def to_float32(stored: np.ndarray) -> np.ndarray:
 def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The stored tensors that `shapes` names, in its order, as read-only views of the mapped files.
 
-    Raises CheckpointError for a damaged file, and one for all missing, unexpected and misshapen
-    tensors together. A stored lm_head.weight that `shapes` does not name (tied embeddings) is left
-    out."""
+    A stored lm_head.weight that `shapes` does not name (tied embeddings) is left out. Raises
+    CheckpointError for a damaged file, and one for all tensors that do not fit."""
     stored: dict[str, np.ndarray] = {}
     problems: list[str] = []
     for file in _weight_files(path):

@@ -110,8 +110,7 @@ class LayerCache:
 
 
 class KVCache:
-    """One LayerCache a layer. The next token's position is how many are stored, and kept nowhere
-    else."""
+    """One LayerCache a layer. The next token's position is how many are stored: no second count."""
 
     def __init__(self, config: ModelConfig):
         self.layers = [LayerCache(config) for _ in range(config.num_hidden_layers)]

@@ -25,8 +25,7 @@ def open_hf_directory(path: Path) -> Checkpoint:
     """Open a directory with config.json, model.safetensors (or shards with their index), and
     optionally generation_config.json, tokenizer.json and a chat template.
 
-    Reads headers only. All missing, unexpected and misshapen tensors come in one
-    CheckpointError."""
+    Reads headers only. Raises CheckpointError, one for all tensors that do not fit."""
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path}: no config.json in it; expected a Hugging Face model directory"
@@ -134,8 +133,8 @@ def _check(
 
 
 def _read_chat_template(path: Path) -> str | None:
-    """chat_template.jinja, or else the string (or the one named default) in
-    tokenizer_config.json."""
+    """chat_template.jinja, or else what tokenizer_config.json has: a string, or a list of named
+    ones, of which `default` is taken."""
     file = path / "chat_template.jinja"
     if file.is_file():
         try:
@@ -159,9 +158,10 @@ def _read_chat_template(path: Path) -> str | None:
 def _read_special_tokens(path: Path) -> dict[str, str]:
     if not (path / "tokenizer_config.json").is_file():
         return {}
+    raw = read_json(path / "tokenizer_config.json")
     found = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = read_json(path / "tokenizer_config.json").get(key)
+        token = raw.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             found[key] = token

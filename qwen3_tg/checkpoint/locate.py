@@ -1,5 +1,4 @@
-"""From what a user types after `--model` to a path: `tiny`, a path, or a name in the hub's
-cache."""
+"""From what a user types after `--model` (`tiny`, a path, a name in the hub's cache) to a path."""
 
 from __future__ import annotations
 

@@ -46,8 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def read_text(words: list[str], keep_end: bool = False) -> str:
     """Words joined by spaces; `-` stands for stdin; piped stdin that no `-` asks for follows after
-    an empty line. Line breaks at the end of stdin are dropped unless `keep_end`. Raises
-    UsageError."""
+    an empty line. Line breaks at the end of stdin are dropped unless `keep_end`.
+
+    Raises UsageError."""
     piped = not sys.stdin.isatty() if sys.stdin else False
     stdin = _read_stdin() if piped or "-" in words else ""
     if not keep_end:

@@ -24,8 +24,7 @@ _HELP = """\
 /clear             forget the conversation
 /help              this text
 /exit              leave (also Ctrl-D)
-Ctrl-C stops an answer. /think and /no_think in a message reach the model, whose own switches they
-are."""
+Ctrl-C stops an answer. /think and /no_think in a message are the model's own switches."""
 _FOR_THE_MODEL = ("/think", "/no_think")
 
 

@@ -1,5 +1,4 @@
-"""How a reply looks: the answer on stdout, thinking dim on stderr, nothing that moves the
-cursor."""
+"""How a reply looks: the answer on stdout, thinking dim on stderr, no moving of the cursor."""
 
 from __future__ import annotations
 
@@ -82,8 +81,9 @@ def note_end(end: End, seed: int, verbose: bool) -> None:
 
 @contextmanager
 def loading() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for loading, on a terminal and where it lasts; gives what to call with
-    bytes."""
+    """A progress bar for loading, on a terminal and where it lasts.
+
+    Gives a function to call with the bytes done and all of them."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
