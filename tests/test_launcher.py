@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_an_environment_of_the_users_own_is_used_and_not_deleted(fresh: Fresh) -
 def test_the_lock_of_a_set_up_that_was_killed_is_taken_over(fresh: Fresh) -> None:
     lock = fresh.checkout / ".venv.lock"
     lock.mkdir()
-    gone = subprocess.Popen(["true"])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (lock / "pid").write_text(f"{gone.pid}\n")
     assert fresh.run("hi")[1] == "qwen3 got: hi\n"

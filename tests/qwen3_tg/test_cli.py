@@ -32,6 +32,11 @@ def qwen3(*arguments: str, stdin: bytes = b"", **more: object) -> tuple[int, str
     return run.returncode, run.stdout.decode(), run.stderr.decode()
 
 
+def heed_ctrl_c() -> None:
+    """For `preexec_fn`: a test run in the background of a script ignores SIGINT and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def one_error(stderr: str) -> str:
     """The only line of stderr, which must be an error and no traceback."""
     lines = stderr.splitlines()
@@ -214,6 +219,7 @@ class TestEndings:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=heed_ctrl_c,
         )
         assert process.stdout and process.stderr
         assert process.stdout.read(1), "it has begun to answer"
@@ -334,6 +340,10 @@ class TestRealTerminal:
         assert shown.rfind("\x1b[?25h") >= shown.rfind("\x1b[?25l"), "the cursor stays hidden"
 
     def start(self, *arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+        def take_the_terminal() -> None:
+            heed_ctrl_c()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
         screen, keyboard = pty.openpty()
         process = subprocess.Popen(
             [*COMMAND, *arguments],
@@ -342,7 +352,7 @@ class TestRealTerminal:
             stderr=keyboard,
             env=os.environ | {"TERM": "xterm"},
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=take_the_terminal,
         )
         os.close(keyboard)
         return process, screen
