@@ -33,7 +33,7 @@ def qwen3(*arguments: str, stdin: bytes = b"", **more: object) -> tuple[int, str
 
 
 def heed_ctrl_c() -> None:
-    """For `preexec_fn`: a test run in the background of a script ignores SIGINT and hands that on."""
+    """For `preexec_fn`: tests in the background of a script ignore SIGINT and would hand that on."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
