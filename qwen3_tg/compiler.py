@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import multiprocessing
 import os
 import platform
 import re
@@ -71,10 +72,15 @@ def fingerprint() -> str:
 
 def prepare_environment() -> None:
     """Point tinygrad to the compiler, and to a kernel cache of its own for this compiler and
-    processor unless the user set CACHEDB or tinygrad, imported before, has already read it."""
+    processor unless the user set CACHEDB; have it compile in this process where there can be no
+    pool of processes. tinygrad, imported before, has already read the latter two."""
     if compiler := find_compiler():
         os.environ["CC"] = str(compiler.executable)
-    if "tinygrad" in sys.modules or "CACHEDB" in os.environ:
+    if "tinygrad" in sys.modules:
+        return
+    if not _processes_can_share_locks():
+        os.environ["PARALLEL"] = "0"
+    if "CACHEDB" in os.environ:
         return
     directory = cache_dir()
     try:
@@ -123,6 +129,15 @@ def _ziglang() -> Compiler | None:
         script = Path(tempfile.mkdtemp(prefix="qwen3_tg-")) / name
         _write_script(script, text)
     return _clang(script)
+
+
+def _processes_can_share_locks() -> bool:
+    """False in some sandboxes and containers, where /dev/shm is missing or not writable."""
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _write_script(path: Path, text: str) -> None:

@@ -151,6 +151,21 @@ class TestCompiler:
         run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (0, "CPU\n"), run.stderr
 
+    def test_where_processes_cannot_share_locks_it_compiles_in_this_one(
+        self, tmp_path: Path
+    ) -> None:
+        code = (
+            "import multiprocessing.synchronize as s\n"
+            "def refused(*_, **__): raise PermissionError(13, 'Permission denied')\n"
+            "s.SemLock.__init__ = refused\n"
+            "import qwen3_tg\n"
+            "print(len(list(qwen3_tg.load().generate_ids([1, 2], max_new_tokens=2))))"
+        )
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+        env.pop("CACHEDB", None)
+        run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
+
 
 def fake(path: Path, version: str) -> None:
     path.write_text(f"#!/bin/sh\necho '{version}'\n")
