@@ -19,10 +19,13 @@ PYTHON = """\
 echo "$*" >>"$LOG"
 case "$*" in
 *version_info*) exit "${TOO_OLD:-0}" ;;
-*ensurepip*) exit "${NO_ENSUREPIP:-0}" ;;
+*flock*) exec "$REAL_PYTHON" "$@" ;;
+*"import ensurepip"*) exit "${NO_ENSUREPIP:-0}" ;;
+*"import pip"* | *"-m ensurepip"*) exit "${OWN_WITHOUT_PIP:-0}" ;;
 *find_compiler*) exit "${NO_COMPILER:-0}" ;;
 *"-m pip"*) exit "${PIP_FAILS:-0}" ;;
 "-m venv "*)
+    sleep 0.1
     mkdir -p "$3/bin"
     cp "$0" "$3/bin/python"
     printf '#!/bin/sh\\necho "qwen3 got:" "$@"\\n' >"$3/bin/qwen3"
@@ -48,11 +51,15 @@ class Fresh:
         (self.bin / "python3").write_text(PYTHON)
         (self.bin / "python3").chmod(stat.S_IRWXU)
 
+    @property
+    def env(self) -> dict[str, str]:
+        return {"PATH": str(self.bin), "LOG": str(self.log), "REAL_PYTHON": sys.executable}
+
     def run(self, *arguments: str, command: Path | None = None, **env: str) -> tuple[int, str, str]:
         self.log.write_text("")
         run = subprocess.run(
             [command or self.checkout / "qwen3", *arguments],
-            env={"PATH": str(self.bin), "LOG": str(self.log), **env},
+            env=self.env | env,
             capture_output=True,
             text=True,
             timeout=60,
@@ -76,7 +83,6 @@ def test_the_first_start_sets_up_and_the_second_is_instant(fresh: Fresh) -> None
     code, out, err = fresh.run("--model", "x y", "")
     assert (code, out, err) == (0, "qwen3 got: --model x y \n", "")
     assert fresh.log.read_text() == "", "python is not even asked"
-    assert not (fresh.checkout / ".venv.lock").exists()
 
 
 def test_a_changed_project_file_sets_up_again(fresh: Fresh) -> None:
@@ -126,7 +132,6 @@ def test_what_is_missing_is_one_error_and_the_next_start_tries_again(
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (code, out, len(errors)) == (1, "", 1)
     assert text in errors[0]
-    assert not (fresh.checkout / ".venv.lock").exists()
     assert fresh.run("hi")[:2] == (0, "qwen3 got: hi\n")
 
 
@@ -140,13 +145,59 @@ def test_an_environment_of_the_users_own_is_used_and_not_deleted(fresh: Fresh) -
     assert (fresh.checkout / ".venv" / "precious").read_text() == "mine"
 
 
-def test_the_lock_of_a_set_up_that_was_killed_is_taken_over(fresh: Fresh) -> None:
-    lock = fresh.checkout / ".venv.lock"
-    lock.mkdir()
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (lock / "pid").write_text(f"{gone.pid}\n")
+@pytest.mark.parametrize("broken", ["a file", "a folder", "no interpreter"])
+def test_what_stands_in_the_way_is_named_and_not_deleted(fresh: Fresh, broken: str) -> None:
+    env = fresh.checkout / ".venv"
+    if broken == "a file":
+        env.write_text("mine")
+    else:
+        (env / "bin").mkdir(parents=True)
+        (env / "precious").write_text("mine")
+    if broken == "no interpreter":
+        (env / "bin" / "python").symlink_to("/nowhere/python3.11")
+    code, _, err = fresh.run("hi")
+    assert code == 1 and f"error: {env} is no Python environment that works" in err
+    assert (env if broken == "a file" else env / "precious").read_text() == "mine"
+
+
+def test_an_own_environment_without_pip_is_one_error(fresh: Fresh) -> None:
+    fresh.run()
+    (fresh.checkout / ".venv" / "made-by-qwen3").unlink()
+    (fresh.checkout / ".venv" / "qwen3-ready").unlink()
+    code, _, err = fresh.run("hi", OWN_WITHOUT_PIP="1")
+    assert code == 1 and "has no pip; install it there" in err.splitlines()[-1]
+
+
+def test_a_half_made_environment_of_ours_is_made_anew(fresh: Fresh) -> None:
+    (fresh.checkout / ".venv").mkdir()
+    (fresh.checkout / ".venv" / "made-by-qwen3").touch()
+    (fresh.checkout / ".venv" / "half").touch()
     assert fresh.run("hi")[1] == "qwen3 got: hi\n"
+    assert not (fresh.checkout / ".venv" / "half").exists()
+
+
+def test_of_starts_at_the_same_time_one_sets_up_and_the_others_wait(fresh: Fresh) -> None:
+    fresh.log.write_text("")
+    (fresh.checkout / ".venv.lock").write_text("left by a start that was killed")
+    starts = [
+        subprocess.Popen(
+            [fresh.checkout / "qwen3", str(n)],
+            env=fresh.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for n in range(6)
+    ]
+    for n, start in enumerate(starts):
+        assert start.communicate(timeout=60)[0] == f"qwen3 got: {n}\n".encode()
+    assert fresh.calls("-m venv") == 1 and fresh.calls("-m pip") == 1
+
+
+def test_the_checkout_is_the_same_by_another_path(fresh: Fresh) -> None:
+    fresh.run()
+    (fresh.bin / "linked").symlink_to(fresh.checkout)
+    assert fresh.run("hi", command=fresh.bin / "linked" / "qwen3")[1] == "qwen3 got: hi\n"
+    assert fresh.log.read_text() == ""
 
 
 def test_test_runs_linters_types_and_tests(fresh: Fresh) -> None:
