@@ -1,6 +1,8 @@
 """The errors a user can cause or meet. Each message says what was found, what was expected, where,
 and what to do; the command line prints it as one `error:` line."""
 
+from numbers import Integral
+
 
 class Qwen3Error(Exception):
     """Base of every error this package raises on purpose."""
@@ -28,3 +30,9 @@ class ContextError(Qwen3Error):
 
 class ChatError(Qwen3Error):
     """The messages cannot be rendered with the checkpoint's chat template."""
+
+
+def check_count(name: str, value: int | None, least: int) -> None:
+    """Raises UsageError for what is neither None nor an integer from `least` on."""
+    if value is not None and (not isinstance(value, Integral) or value < least):
+        raise UsageError(f"{name} must be at least {least} and an integer, found {value!r}")

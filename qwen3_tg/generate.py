@@ -1,8 +1,9 @@
 """From ids to the next id: prefill in chunks, decode one by one, and know when to stop.
 
-The only owner of TinyJit, of positions and of what the cache holds. Two graphs are captured, once
-each: one computes a whole chunk of new positions, the other a single one. `start_pos` is symbolic
-in both, so no length of text is ever compiled anew.
+The only owner of TinyJit, of positions and of what the cache holds. Two graphs are captured: one
+computes a whole chunk of new positions, the other a single one. `start_pos` is symbolic in both, so
+no length of text is compiled anew; only when the cache grows (see kv_cache.py) are they captured
+again.
 
 Touches tinygrad's internals: `TinyJit.cnt`. TinyJit runs a function twice before it captures, to
 see what a changing first call would do; ours never changes, and each such run costs seconds.
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, UOp
 
-from qwen3_tg.errors import ContextError, DeviceError, UsageError
+from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.linear import DTYPES
@@ -47,9 +49,10 @@ class Engine:
 
         Raises ContextError if they do not fit, UsageError for none or ids out of range."""
         ids = list(ids)
-        self._check(ids)
+        self._check_length(ids)
         # 1. Keep what the cache holds of these ids; the last one is computed in any case.
         start = min(_common_prefix(self._cached_ids, ids), len(ids) - 1)
+        self._check_ids(ids[start:])
         self._forget_from(start)
         self._reserve(len(ids))
         # 2. Compute the rest, a chunk at a time.
@@ -64,7 +67,8 @@ class Engine:
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after every one of `ids`: (S, V) float32. Errors as for next_logits."""
         ids = list(ids)
-        self._check(ids)
+        self._check_length(ids)
+        self._check_ids(ids)
         self._forget_from(0)
         self._reserve(len(ids))
         rows = []
@@ -74,7 +78,7 @@ class Engine:
             self._cached_ids += new
         return np.concatenate(rows)
 
-    def _check(self, ids: list[int]) -> None:
+    def _check_length(self, ids: list[int]) -> None:
         if not ids:
             raise UsageError("no tokens to continue: give at least one id")
         if len(ids) > self.context:
@@ -82,19 +86,22 @@ class Engine:
                 f"{len(ids)} tokens do not fit in the context of {self.context}; "
                 "shorten the text or load with a larger context"
             )
-        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise UsageError(
-                f"token id {wrong} is not in the vocabulary of {self.model.config.vocab_size}"
-            )
+
+    def _check_ids(self, ids: list[int]) -> None:
+        size = self.model.config.vocab_size
+        for id in ids:
+            if not isinstance(id, Integral) or not 0 <= id < size:
+                raise UsageError(f"token id {id!r} is not in the vocabulary of {size}")
 
     def _forget_from(self, start: int) -> None:
         """To call before rows from `start` on are overwritten: a step may break off halfway."""
         del self._cached_ids[start:]
 
     def _reserve(self, positions: int) -> None:
-        if self._cache.reserve(positions + self._chunk - 1):
-            self._graphs.clear()  # they write to the old buffers
+        positions += self._chunk - 1  # the last chunk is padded
+        if positions > self._cache.capacity:
+            self._graphs.clear()  # first, as they write to the old buffers
+            self._cache.grow(positions)
 
     def _run(self, kind: str, new: list[int], start: int) -> np.ndarray:
         """One step of the graph `kind` on new ids at positions start, start + 1, ..."""
@@ -139,8 +146,7 @@ class Generation(Iterator[int]):
         sampling: Sampling,
         stop_ids: Collection[int],
     ):
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+        check_count("max_new_tokens", max_new_tokens, least=1)
         if len(prompt) >= engine.context:
             raise ContextError(
                 f"the prompt has {len(prompt)} tokens and the context {engine.context}: "
@@ -156,7 +162,7 @@ class Generation(Iterator[int]):
 
     def __next__(self) -> int:
         if self.stop_reason is None:
-            if self.new_tokens == self.max_new_tokens:
+            if self.max_new_tokens is not None and self.new_tokens >= self.max_new_tokens:
                 self.stop_reason = "length"
             elif len(self._ids) >= self._engine.context:
                 self.stop_reason = "context"

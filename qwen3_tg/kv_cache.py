@@ -2,7 +2,8 @@
 
 Layout: k and v of a layer are (B, capacity, K, Hd) each. Position comes before head so that a row's
 address does not depend on the capacity. A cache starts small and grows in steps, so that a model
-with room for 40,960 tokens does not take the memory of 40,960 tokens for a short chat.
+with room for 40,960 tokens does not take the memory of 40,960 tokens for a short chat; while it
+grows, the old and the new one exist side by side.
 
 Touches tinygrad's internals: `UOp.store` and `UOp.after`, the write that may stand in a `function`.
 """
@@ -15,7 +16,7 @@ from tinygrad.dtype import DType
 from qwen3_tg.config import ModelConfig
 
 FIRST_STEP = 2048  # positions; each later step is GROWTH times as large
-GROWTH = 4
+GROWTH = 2
 
 
 class LayerCache:
@@ -42,29 +43,31 @@ class LayerCache:
 
 
 class KVCache:
-    """One LayerCache a layer, all with room for `capacity` positions of at most `limit`."""
+    """One LayerCache a layer, all with the same capacity, which never passes `limit` positions."""
 
     def __init__(self, config: ModelConfig, limit: int, dtype: DType, device: str):
         self._config, self._dtype, self._device = config, dtype, device
         self.limit = limit
-        self.capacity = min(limit, FIRST_STEP)
-        self.layers = self._allocate()
+        self.layers = self._allocate(min(limit, FIRST_STEP))
 
-    def _allocate(self) -> list[LayerCache]:
-        one = (self._config, self.capacity, self._dtype, self._device)
-        return [LayerCache(*one) for _ in range(self._config.num_hidden_layers)]
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return int(self.layers[0].k.shape[1])
 
-    def reserve(self, positions: int) -> bool:
-        """Make room for `positions`, keeping what is there. True if the buffers are new ones, and
-        whatever was compiled against the old ones must be compiled again."""
-        assert positions <= self.limit, "the caller checks the context"
-        if positions <= self.capacity:
-            return False
-        used = self.capacity
-        while self.capacity < positions:
-            self.capacity = min(self.limit, self.capacity * GROWTH)
-        old, self.layers = self.layers, self._allocate()
-        for before, now in zip(old, self.layers, strict=True):
+    def grow(self, positions: int) -> None:
+        """Take new buffers with room for at least `positions`, keeping what is there: all of them
+        or, where it breaks off, none. Graphs captured on the old buffers must not run again."""
+        assert self.capacity < positions <= self.limit, "the caller checks the context"
+        capacity = used = self.capacity
+        while capacity < positions:
+            capacity = min(self.limit, capacity * GROWTH)
+        layers = self._allocate(capacity)
+        for before, now in zip(self.layers, layers, strict=True):
             now.k[:, :used].assign(before.k).realize()
             now.v[:, :used].assign(before.v).realize()
-        return True
+        self.layers = layers
+
+    def _allocate(self, capacity: int) -> list[LayerCache]:
+        one = (self._config, capacity, self._dtype, self._device)
+        return [LayerCache(*one) for _ in range(self._config.num_hidden_layers)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import FLOAT32_TOLERANCE, assert_close, load_golden
+from tinygrad import Tensor
 from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import Context
 
@@ -157,6 +158,37 @@ def test_a_cache_that_grows_keeps_what_it_holds(
     assert engine._cache.capacity == 160
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "error"), [("assign", 3, KeyboardInterrupt), ("empty", 3, MemoryError)]
+)
+def test_a_growth_that_breaks_off_leaves_the_cache_as_it_was(
+    ids: list[int],
+    expected: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    at: int,
+    error: type[BaseException],
+) -> None:
+    monkeypatch.setattr(kv_cache, "FIRST_STEP", 64)
+    engine = new_engine()
+    engine.next_logits(ids[:20])
+    real, calls = getattr(Tensor, name), []
+
+    def break_off(*given: object, **more: object) -> Tensor:
+        calls.append(1)
+        if len(calls) == at:
+            raise error
+        return real(*given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(Tensor, name, break_off)
+        engine.next_logits(ids[:70])
+    assert engine._cache.capacity == 64
+    assert_close(engine.next_logits(ids[:30]), expected[29], FLOAT32_TOLERANCE)
+    assert_close(engine.next_logits(ids[:75]), expected[74], FLOAT32_TOLERANCE)
+    assert engine._cache.capacity == 128
+
+
 def test_generation_ends_where_the_context_is_full(ids: list[int]) -> None:
     engine = new_engine(context=45)
     generation = Generation(engine, ids[:40], None, GREEDY, ())
@@ -188,6 +220,22 @@ def test_inserted_ids_are_continued_as_if_generated(engine: Engine, ids: list[in
     assert generation.insert(ids[30:34]) == ids[30:34]
     assert generation.new_tokens == 5
     assert len(list(generation)) == 5
+    assert generation.stop_reason == "length"
+
+
+def test_ids_and_limits_that_are_no_integers_are_refused(engine: Engine) -> None:
+    for wrong in (1.5, "a", -1, 251, None):
+        with pytest.raises(UsageError, match=f"token id {wrong!r} is not in the vocabulary of 251"):
+            engine.next_logits([1, wrong])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"max_new_tokens must be at least 1 .* found 2\.5"):
+        Generation(engine, [1], 2.5, GREEDY, ())  # type: ignore[arg-type]
+
+
+def test_more_inserted_ids_than_were_wanted_end_it(engine: Engine, ids: list[int]) -> None:
+    generation = Generation(engine, ids[:30], 3, GREEDY, ())
+    next(generation)
+    generation.insert(ids[30:34])
+    assert list(generation) == []
     assert generation.stop_reason == "length"
 
 
