@@ -10,6 +10,7 @@ only once, so `prepare_environment` comes before both.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import multiprocessing
@@ -44,11 +45,33 @@ class Compiler:
 
 
 def cache_dir() -> Path:
-    """Our folder in the user's cache, for compiled kernels and the compiler's wrapper; not made."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "qwen3_tg"
-    home = Path.home()
-    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "qwen3_tg"
+    """Our folder in the user's cache, for compiled kernels and the compiler's wrapper.
+
+    What lies there is run, so it must be ours alone: where it cannot be written, or others own it
+    or can write in it, a folder is given that is deleted when this process ends."""
+    try:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or base) / "qwen3_tg"
+        directory.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK) and is_ours(directory):
+            return directory
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        pass
+    return _temporary_dir()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this user owns the path and no other can write it; raises OSError."""
+    status = path.stat()
+    by_others = stat.S_IWGRP | stat.S_IWOTH
+    return os.name == "nt" or (status.st_uid == os.geteuid() and not status.st_mode & by_others)
+
+
+@cache
+def _temporary_dir() -> Path:
+    directory = tempfile.mkdtemp(prefix="qwen3_tg-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory)
 
 
 @cache
@@ -82,15 +105,7 @@ def prepare_environment() -> None:
         os.environ["PARALLEL"] = "0"
     if "CACHEDB" in os.environ:
         return
-    directory = cache_dir()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        usable = os.access(directory, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:  # a kernel cache that lives as long as this process
-        directory = Path(tempfile.mkdtemp(prefix="qwen3_tg-"))
-    os.environ["CACHEDB"] = str(directory / f"kernels-{fingerprint()}.db")
+    os.environ["CACHEDB"] = str(cache_dir() / f"kernels-{fingerprint()}.db")
 
 
 def _clang(executable: Path) -> Compiler | None:
@@ -122,11 +137,7 @@ def _ziglang() -> Compiler | None:
     text = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'
     name = f"zig-clang-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     script = cache_dir() / name
-    try:
-        if not script.is_file() or script.read_text() != text:
-            _write_script(script, text)
-    except OSError:  # no writable cache
-        script = Path(tempfile.mkdtemp(prefix="qwen3_tg-")) / name
+    if not script.is_file() or script.read_text() != text:
         _write_script(script, text)
     return _clang(script)
 
@@ -141,10 +152,9 @@ def _processes_can_share_locks() -> bool:
 
 
 def _write_script(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
-    Path(file.name).chmod(stat.S_IRWXU | stat.S_IRGRP | stat.S_IXGRP | stat.S_IROTH | stat.S_IXOTH)
+    Path(file.name).chmod(stat.S_IRWXU)
     Path(file.name).replace(path)
 
 

@@ -3,8 +3,8 @@
 tinygrad keeps compiled code on disk, but turns the description of every kernel into source anew in
 each process: seconds of Python before the first token. It has a table of finished programs in
 memory (`to_program_cache`); this module loads that table at the start and saves it when it grew.
-The file is a pickle in the user's own cache directory, like tinygrad's own cache, and holds code
-for one tinygrad, one compiler and one processor (`fingerprint`).
+The file is a pickle, and so is trusted only where it is this user's own. It holds code for one
+tinygrad, one compiler and one processor (`fingerprint`).
 
 Touches tinygrad's internals: `tinygrad.codegen.to_program_cache`.
 """
@@ -15,13 +15,20 @@ import pickle
 import tempfile
 from pathlib import Path
 
+from qwen3_tg.compiler import is_ours
+
 
 class KernelCache:
-    """The programs of one (device, compiler, processor, tinygrad version) in one file."""
+    """The programs of one kind of model on one device, in one file.
+
+    Programs that the process had before, for another model, are not written to it."""
 
     def __init__(self, directory: Path, fingerprint: str):
+        from tinygrad.codegen import to_program_cache
+
         self._path = directory / f"programs-{fingerprint}.pickle"
-        self._saved = 0
+        self._of_others = frozenset(to_program_cache)
+        self._saved = len(to_program_cache)
 
     def load(self) -> None:
         """Put the programs on disk into tinygrad's table. A missing or damaged file is an empty
@@ -29,12 +36,15 @@ class KernelCache:
         from tinygrad.codegen import to_program_cache
 
         try:
+            if not is_ours(self._path):
+                return
             with self._path.open("rb") as file:
-                programs = pickle.load(file)
+                programs = dict(pickle.load(file))
         except Exception:  # not there, or damaged in any way: written anew at the next save
             return
         for key, program in programs.items():
             to_program_cache.setdefault(key, program)
+        self._of_others -= set(programs)
         self._saved = len(to_program_cache)
 
     def save(self) -> None:
@@ -45,10 +55,11 @@ class KernelCache:
         if len(to_program_cache) == self._saved:
             return
         self._saved = len(to_program_cache)
+        ours = {k: v for k, v in to_program_cache.items() if k not in self._of_others}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
-                pickle.dump(dict(to_program_cache), file, protocol=pickle.HIGHEST_PROTOCOL)
-            Path(file.name).replace(self._path)
+            with tempfile.TemporaryDirectory(dir=self._path.parent) as folder:
+                file = Path(folder) / "programs"
+                file.write_bytes(pickle.dumps(ours, protocol=pickle.HIGHEST_PROTOCOL))
+                file.replace(self._path)
         except OSError:
             return

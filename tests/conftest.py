@@ -8,6 +8,9 @@ from pathlib import Path
 
 # Read by tinygrad when it is first imported. Tests that need another device start a process.
 os.environ["DEV"] = "CPU"
+# Compiled kernels in a place of the tests' own, which `pytest --cache-clear` empties.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "d")
+os.environ.pop("CACHEDB", None)
 
 import numpy as np
 import pytest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -41,22 +42,68 @@ def test_a_second_process_lowers_nothing_again(tmp_path: Path) -> None:
     assert run() == second
 
 
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> dict[object, object]:
+    """Stands for tinygrad's table."""
+    table: dict[object, object] = {}
+    monkeypatch.setattr(codegen, "to_program_cache", table)
+    return table
+
+
 def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, programs: dict[object, object]
 ) -> None:
-    monkeypatch.setattr(codegen, "to_program_cache", {("key",): "program"})
-    cache = KernelCache(tmp_path / "made", "x")
+    cache = KernelCache(tmp_path, "x")
+    programs["key"] = "program"
     cache.save()
-    assert [path.name for path in (tmp_path / "made").iterdir()] == ["programs-x.pickle"]
-    codegen.to_program_cache.clear()
-    KernelCache(tmp_path / "made", "x").load()
-    assert codegen.to_program_cache == {("key",): "program"}
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    programs["other"] = lambda: None  # pickle breaks off at it
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        cache.save()
+    assert [path.name for path in tmp_path.iterdir()] == [file.name], "no half file stays"
+    assert file.read_bytes() == before
+    programs.clear()
+    KernelCache(tmp_path, "x").load()
+    assert programs == {"key": "program"}
+
+
+def test_programs_of_another_model_stay_out(tmp_path: Path, programs: dict[object, object]) -> None:
+    programs["of another"] = 1
+    cache = KernelCache(tmp_path, "x")
+    cache.load()
+    programs["of this"] = 2
+    cache.save()
+    programs.clear()
+    KernelCache(tmp_path, "x").load()
+    assert programs == {"of this": 2}
+
+
+@pytest.mark.parametrize("damaged", [b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps(None)])
+def test_a_damaged_file_is_an_empty_one(
+    tmp_path: Path, programs: dict[object, object], damaged: bytes
+) -> None:
+    (tmp_path / "programs-x.pickle").write_bytes(damaged)
+    KernelCache(tmp_path, "x").load()
+    assert programs == {}
+
+
+def test_a_file_that_others_can_write_is_not_read(
+    tmp_path: Path, programs: dict[object, object]
+) -> None:
+    file = tmp_path / "programs-x.pickle"
+    file.write_bytes(pickle.dumps({"key": "planted"}))
+    file.chmod(0o666)
+    KernelCache(tmp_path, "x").load()
+    assert programs == {}
 
 
 def test_an_unwritable_directory_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, programs: dict[object, object]
 ) -> None:
-    monkeypatch.setattr(codegen, "to_program_cache", {("key",): "program"})
     (tmp_path / "file").write_text("")
-    KernelCache(tmp_path / "file", "x").save()
-    KernelCache(tmp_path / "file", "x").load()
+    cache = KernelCache(tmp_path / "file", "x")
+    programs["key"] = "program"
+    cache.save()
+    cache.load()
+    assert programs == {"key": "program"}
