@@ -18,6 +18,8 @@ from qwen3_tg.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 _ROLES = ("system", "user", "assistant", "tool")
+# Unicode's characters for private use: none of them has a meaning in a text.
+_PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
 # Tags that a former answer may hold and that mean there what they say.
 _ASSISTANT_TAGS = frozenset((THINK, END_THINK, CALL, END_CALL))
 
@@ -109,7 +111,9 @@ def encode_chat(
     rendering, a mark that occurs nowhere else is put into each such text before it. The template
     sees the mark too: content that looks like a tag is not treated as one there either."""
     texts = json.dumps([list(map(dict, messages)), tools], ensure_ascii=False, default=str)
-    mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in texts)  # private use area
+    mark = next((letter for letter in map(chr, _PRIVATE_USE) if letter not in texts), None)
+    if mark is None:
+        raise ChatError("the messages hold every character for private use: none is left as a mark")
 
     def broken(value: Any, keep: frozenset[str]) -> Any:
         if isinstance(value, str):

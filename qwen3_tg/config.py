@@ -1,9 +1,10 @@
 """What config.json and generation_config.json say, as frozen dataclasses.
 
 Field names are config.json's own. Both the keys of transformers 4 (`rope_theta`, `rope_scaling`,
-`torch_dtype`) and of transformers 5 (`rope_parameters`, `dtype`) are read. A key that is not known
-here, or a value that would change the result and is not computed, is refused by name: a checkpoint
-never loads with a part of its configuration dropped in silence.
+`torch_dtype`) and of transformers 5 (`rope_parameters`, `dtype`) are read. A key of config.json
+that is not known here, or a value that would change the logits and is not computed, is refused by
+name; wishes of generation_config.json that are not computed are told (`not_applied`). Nothing is
+dropped in silence.
 
 Knows nothing of weights, devices or tokenizers.
 """
@@ -37,6 +38,28 @@ _NO_EFFECT = frozenset(
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     """.split()
 )
+# Keys of generation_config.json that change the text, with the value at which they do not.
+_NOT_APPLIED = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "top_h": None,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "guidance_scale": 1,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+}
 # Keys that are understood at one value only: (key, the value, what else it would mean).
 _ONE_VALUE: tuple[tuple[str, Any, str], ...] = (
     ("hidden_act", "silu", "another activation"),
@@ -150,6 +173,7 @@ class GenerationConfig:
     top_p: float = 0.95
     top_k: int = 20
     min_p: float = 0.0
+    not_applied: tuple[str, ...] = ()  # settings that would change the text and are not computed
 
     @staticmethod
     def from_dicts(
@@ -161,7 +185,7 @@ class GenerationConfig:
         eos = generation.get("eos_token_id")
         eos = config.get("eos_token_id") if eos is None else eos
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(i, int) and i >= 0 and i is not True for i in eos):
+        if not all(type(i) is int and i >= 0 for i in eos):
             raise CheckpointError(f"{where}: eos_token_id must hold token ids, found {eos!r}")
         sample = generation.get("do_sample")
         if not isinstance(sample, bool | None):
@@ -191,6 +215,11 @@ class GenerationConfig:
             top_p=float(top_p),
             top_k=int(top_k),
             min_p=float(number("min_p", default.min_p, most=1)),
+            not_applied=tuple(
+                f"{key} {generation[key]!r}"
+                for key, off in _NOT_APPLIED.items()
+                if generation.get(key, off) not in (off, None, [])
+            ),
         )
 
 

@@ -32,12 +32,18 @@ def to_device(stored: StoredWeight, device: str, native: Collection[str], dtype:
 
 
 class Linear:
-    """A matrix without bias: x: (..., I) -> (..., O). `weight` is (O, I), in its stored format."""
+    """A matrix without bias. `weight` is (O, I), in its stored format. Sums are float32.
+
+    Products too where one position is computed, which waits for memory and not for arithmetic;
+    where there are many, products in half precision are what a GPU's matrix units take."""
 
     def __init__(self, weight: Tensor):
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, S, I) -> (B, S, O)"""
+        if x.shape[1] == 1:
+            return x.float().dot(self.weight.float().transpose()).cast(x.dtype)
         return x.dot(self.weight.cast(x.dtype).transpose(), dtype=dtypes.float32).cast(x.dtype)
 
 

@@ -20,7 +20,7 @@ from qwen3_tg import device as devices
 from qwen3_tg.chat import ChatTemplate, Message, check_messages, encode_chat
 from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
-from qwen3_tg.errors import ChatError, UsageError
+from qwen3_tg.errors import ChatError, UsageError, check_count
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
@@ -54,10 +54,11 @@ def load(
     device does well. `context` is the most tokens of prompt and answer together; by default what
     the checkpoint was made for. `on_progress` is called with bytes of weights done and all of them.
 
-    Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
+    Sets the environment variables CC, CACHEDB and PARALLEL of this process where tinygrad needs
+    it. Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
     checkpoint = open_checkpoint(str(model))
     longest = checkpoint.config.max_position_embeddings
-    if context is not None and not 1 <= context <= longest:
+    if context is not None and context not in range(1, longest + 1):
         raise UsageError(f"context must be from 1 to {longest} for this model, found {context}")
     policy = devices.choose(device, dtype)
     return LLM(checkpoint, policy, context or longest, on_progress)
@@ -197,10 +198,8 @@ class LLM:
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
         `stop` strings end the answer. `allow_special` lets special tokens in the messages act."""
         check_messages(messages)
-        if thinking_budget is not None and thinking_budget < 0:
-            raise UsageError(f"thinking_budget must be at least 0, found {thinking_budget}")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+        check_count("thinking_budget", thinking_budget, least=0)
+        check_count("max_new_tokens", max_new_tokens, least=1)
         text, ids = self._encode(messages, tools, thinking, allow_special, template_kwargs)
         in_thinking = text.rstrip("\n").endswith(THINK)
         if in_thinking and not thinking:
@@ -313,7 +312,7 @@ def _start_engine(
     from qwen3_tg.model import Qwen3
     from qwen3_tg.rope import rope_table
 
-    # one file of kernels for each shape of model, so that none is loaded in vain
+    # one file of kernels for each kind of model, so that none is loaded in vain
     formats = [weight.format for weight in checkpoint.weights.values()]
     shape = f"{checkpoint.config} {formats} {policy.device} {policy.dtype} {policy.prefill_chunk}"
     name = f"{compiler.fingerprint()}-{hashlib.sha256(shape.encode()).hexdigest()[:16]}"

@@ -72,7 +72,7 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
         )
     try:
         header = json.loads(mapped[8:data_start].tobytes())
-    except ValueError as e:  # JSON and UTF-8 errors are both ValueErrors
+    except (ValueError, RecursionError) as e:  # JSON and UTF-8 errors are both ValueErrors
         raise CheckpointError(f"{file}: header is not JSON ({e})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: header must be an object, found {type(header).__name__}")
@@ -125,6 +125,8 @@ def _weight_files(path: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to files")
+    if outside := [v for v in weight_map.values() if v in ("", "..") or Path(v).name != v]:
+        raise CheckpointError(f"{index}: weight_map must name files beside it: {outside[0]!r}")
     files = [path / name for name in sorted(set(weight_map.values()))]
     if lost := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(

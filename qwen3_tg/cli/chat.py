@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.generate import (
@@ -34,6 +35,7 @@ class Conversation:
     def __init__(self, llm: LLM, options: argparse.Namespace):
         self._llm, self._options = llm, options
         self.sampling = choose_sampling(options, llm)
+        self._turns = 0  # asked so far, also those that /clear forgot
         self.messages: list[dict[str, str]] = []
 
     def command(self, line: str) -> bool:
@@ -66,9 +68,15 @@ class Conversation:
                 terminal.note_end(piece, self.sampling.seed, self._options.verbose)
             printer.show(piece)
 
+        # each turn draws other random numbers, far from those of any other seed a user gives
+        seed = (self.sampling.seed + self._turns * 2**64) % 2**128
+        self._turns += 1
         try:
             pieces = reply(
-                self._llm, with_system(messages, self._options), self.sampling, self._options
+                self._llm,
+                with_system(messages, self._options),
+                replace(self.sampling, seed=seed),
+                self._options,
             )
             terminal.stream(pieces, show)
         except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.arguments import read_text
-from qwen3_tg.errors import UsageError
+from qwen3_tg.errors import UsageError, check_count
 from qwen3_tg.llm import LLM, load
 from qwen3_tg.reply import End, Piece, Text
 from qwen3_tg.sampling import Sampling
@@ -52,6 +52,8 @@ def load_model(options: argparse.Namespace) -> LLM:
     began = time.perf_counter()
     with terminal.loading() as on_progress:
         llm = load(options.model, options.device, options.dtype, options.context, on_progress)
+    if wishes := llm.checkpoint.generation.not_applied:
+        terminal.note(f"note: generation_config.json asks for {', '.join(wishes)}: not applied")
     if options.verbose:
         terminal.note_device(llm.policy, time.perf_counter() - began)
     return llm
@@ -60,12 +62,9 @@ def load_model(options: argparse.Namespace) -> LLM:
 def check_sampling(options: argparse.Namespace) -> None:
     """Refuse impossible numbers before anything is loaded."""
     Sampling(**_given(options))
-    for name in ("max_new_tokens", "context"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
-    if options.thinking_budget is not None and options.thinking_budget < 0:
-        raise UsageError(f"--thinking-budget must be at least 0, found {options.thinking_budget}")
+    check_count("--max-new-tokens", options.max_new_tokens, least=1)
+    check_count("--context", options.context, least=1)
+    check_count("--thinking-budget", options.thinking_budget, least=0)
     if options.thinking_budget is not None and options.thinking == "off":
         raise UsageError("--thinking-budget has no meaning with --thinking off")
 

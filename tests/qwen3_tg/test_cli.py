@@ -8,17 +8,20 @@ import io
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from qwen3_tg.checkpoint import locate
 from qwen3_tg.cli import main, terminal
-from qwen3_tg.reply import Text, Thinking, ToolCall
+from qwen3_tg.reply import Piece, Text, Thinking, ToolCall
 
 COMMAND = [sys.executable, "-m", "qwen3_tg"]
 SUM = "What is 37 + 85?"
@@ -93,7 +96,7 @@ class TestGenerate:
         prompt = f"<|im_start|>user\n{SUM}<|im_end|>\n<|im_start|>assistant\n"
         assert main(["--raw", prompt, "--max-new-tokens", "7"]) == 0
         out, err = capsys.readouterr()
-        assert out == "<think>\n37+85\n\n"[: len(out) - 1] + "\n"
+        assert out == "<think>\n37+85\n"
         assert err == "(cut off at --max-new-tokens)\n"
 
     def test_verbose_tells_device_counts_times_and_seed(
@@ -104,6 +107,17 @@ class TestGenerate:
         assert "device CPU (set by DEV), float32; loaded in" in err
         assert "thinking 27, answer 4; first token after" in err
         assert "ended by stop; seed 5" in err
+
+    def test_wishes_of_the_checkpoint_that_are_not_applied_are_told(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(locate("tiny"), tmp_path / "model")
+        wish = '{"do_sample": false, "repetition_penalty": 1.3}'
+        (tmp_path / "model" / "generation_config.json").write_text(wish)
+        assert main(["--model", str(tmp_path / "model"), SUM]) == 0
+        out, err = capsys.readouterr()
+        assert out == "122\n"
+        assert "asks for repetition_penalty 1.3: not applied\n" in err
 
     def test_a_thinking_budget_and_a_stop_string(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--thinking-budget", "3", "--stop", ".", SUM]) == 0
@@ -282,6 +296,40 @@ class TestChat:
         out, err = capsys.readouterr()
         assert out.splitlines() == ["122", "134"]
         assert "/clear starts anew" in err
+
+    def test_the_same_message_again_draws_other_numbers(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = "--thinking off --temperature 3 --top-k 0 --top-p 1 --max-new-tokens 9".split()
+
+        def run() -> list[str]:
+            monkeypatch.setattr(sys, "stdin", Stdin(b"hi\n/clear\nhi\n"))
+            assert main(["chat", "--seed", "1", *options]) == 0
+            return capsys.readouterr().out.split("\n", 1)
+
+        first, second = run()
+        assert first not in second
+        assert run() == [first, second], "the same seed, the same conversation"
+
+    def test_what_was_answered_before_ctrl_c_is_kept(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shown: list[str] = []
+
+        def break_off(pieces: Iterator[Piece], show: Callable[[Piece], None]) -> None:
+            for piece in pieces:
+                show(piece)
+                shown.append(piece.text if isinstance(piece, Text) else "")
+                if "".join(shown) == "122":
+                    shown.append("only once")
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(terminal, "stream", break_off)
+        monkeypatch.setattr(sys, "stdin", Stdin(f"{SUM}\nnow add 12\n".encode()))
+        assert main(["chat"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines() == ["122", "134"]
+        assert "(stopped)" in err
 
     def test_ctrl_c_stops_the_answer_and_not_the_program(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -303,6 +303,17 @@ def test_do_sample_false_is_temperature_zero_whatever_else_is_said():
     )
 
 
+def test_wishes_of_the_generation_config_that_are_not_computed_are_told():
+    wishes = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "bad_words_ids": [[1]]}
+    assert GenerationConfig.from_dicts(wishes, {}, "x").not_applied == (
+        "repetition_penalty 1.05",
+        "no_repeat_ngram_size 3",
+        "bad_words_ids [[1]]",
+    )
+    harmless = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    assert GenerationConfig.from_dicts(harmless, {}, "x").not_applied == ()
+
+
 @pytest.mark.parametrize("value", [-1, "0.6", True, [0.6], float("nan"), float("inf")])
 @pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "min_p"])
 def test_a_wrong_number_in_the_generation_config_is_refused_by_name(key, value):
@@ -312,7 +323,7 @@ def test_a_wrong_number_in_the_generation_config_is_refused_by_name(key, value):
     assert str(caught.value).endswith(f"found {value!r}")
 
 
-@pytest.mark.parametrize("value", ["151645", [151645, "x"], -1, [-1], 1.5, [[1]], {"a": 1}])
+@pytest.mark.parametrize("value", ["1", [1, "x"], -1, [-1], 1.5, [[1]], {"a": 1}, True, False])
 def test_end_tokens_that_are_no_ids_are_refused(value):
     with pytest.raises(CheckpointError, match=r"^here: eos_token_id must hold token ids, found"):
         GenerationConfig.from_dicts({"eos_token_id": value}, {}, "here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,23 @@ def test_the_report_names_every_device_once_and_never_raises() -> None:
     assert all(report.problem is None or "\n" not in report.problem for report in reports.values())
 
 
+def test_the_memory_limit_of_a_container_counts_and_an_unknown_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = device.choose("CPU")
+    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(device, "_CONTAINER_LIMIT", tmp_path / "memory.max")
+    device.check_memory(policy, 10**15)  # nothing is known
+    (tmp_path / "meminfo").write_text("MemTotal:  8 kB\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    device.check_memory(policy, 10**15)
+    (tmp_path / "meminfo").write_text("MemTotal: 9999999 kB\nMemAvailable: 9999999 kB\n")
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    device.check_memory(policy, 2**30)
+    with pytest.raises(DeviceError, match=r"weights take 2\.0 GiB and 1\.0 GiB of memory"):
+        device.check_memory(policy, 2 * 2**30)
+
+
 @pytest.mark.parametrize("format", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("native", [True, False])
 def test_a_weight_keeps_its_exact_values_on_the_device(format: str, native: bool) -> None:
@@ -106,7 +124,8 @@ class TestCompiler:
     ) -> None:
         fake(tmp_path / "clang", "Debian clang version 14.0.6")
         fake(tmp_path / "cc", "cc (Debian 12.2.0) 12.2.0")
-        monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+        (tmp_path / "sh").symlink_to("/bin/sh")
+        monkeypatch.setenv("PATH", str(tmp_path))  # no compiler of this machine
         monkeypatch.setenv("CC", "cc")
         monkeypatch.setattr(compiler, "_ziglang", lambda: None)
         assert compiler.find_compiler.__wrapped__() is None
@@ -140,16 +159,34 @@ class TestCompiler:
         monkeypatch.setattr(compiler, "find_compiler", lambda: other)
         assert compiler.fingerprint() != before
 
+    def test_the_cache_is_ours_alone_or_lasts_as_long_as_the_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "made"))
+        ours = tmp_path / "made" / "qwen3_tg"
+        assert compiler.cache_dir() == ours
+        assert stat.S_IMODE(ours.stat().st_mode) == 0o700
+        ours.chmod(0o777)
+        temporary = compiler.cache_dir()
+        assert temporary != ours and compiler.is_ours(temporary)
+        assert compiler.cache_dir() == temporary, "one for the whole process"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+        assert compiler.cache_dir() == temporary
+
     def test_an_unwritable_cache_is_no_error(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         code = (
             "import os, qwen3_tg.compiler as c; c.prepare_environment(); "
             "from qwen3_tg.device import choose; print(choose('CPU').device)"
         )
+        (tmp_path / "tmp").mkdir()
         env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")}
+        env["TMPDIR"] = str(tmp_path / "tmp")
         env.pop("CACHEDB", None)
         run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (0, "CPU\n"), run.stderr
+        assert list((tmp_path / "tmp").iterdir()) == [], "nothing is left behind"
 
     def test_where_processes_cannot_share_locks_it_compiles_in_this_one(
         self, tmp_path: Path
@@ -165,6 +202,10 @@ class TestCompiler:
         env.pop("CACHEDB", None)
         run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def fake(path: Path, version: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,17 @@ def test_stop_ids_come_from_the_checkpoint_unless_given(llm: LLM) -> None:
     assert llm.tokenizer.decode(own).endswith("122")
     on = list(llm.generate_ids(ids, len(own) + 1, stop_ids=()))
     assert on == [*own, llm.tokenizer.added_tokens["<|im_end|>"]]
+
+
+def test_the_end_of_a_turn_stops_also_where_no_file_names_it(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["eos_token_id"] = None
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    llm = qwen3_tg.load(str(tmp_path / "model"))
+    added = llm.tokenizer.added_tokens
+    assert llm.stop_ids == {added["<|im_end|>"], added["<|endoftext|>"]}
 
 
 def test_the_same_seed_gives_the_same_answer(llm: LLM) -> None:

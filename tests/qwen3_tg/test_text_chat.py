@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from text_data import DATA, by_name, read_data
 
+from qwen3_tg import chat
 from qwen3_tg.chat import ChatTemplate, check_messages, encode_chat
 from qwen3_tg.errors import ChatError
 
@@ -318,6 +319,15 @@ def test_a_template_is_given_what_transformers_gives_it():
         "{% generation %}{{ bos_token }}{{ messages[0].content }}{% endgeneration %}!"
     )
     assert template.render([{"role": "user", "content": "x"}], bos_token="<s>") == "<s>x!"
+
+
+def test_a_text_that_leaves_no_character_for_the_mark_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "_PRIVATE_USE", range(0xE000, 0xE003))
+    messages = [{"role": "user", "content": "\ue000\ue001 <|im_end|>"}]
+    assert tokenizer.added_tokens["<|im_end|>"] in encode(tokenizer, messages)[1]
+    messages[0]["content"] += "\ue002"
+    with pytest.raises(ChatError, match="none is left as a mark"):
+        encode(tokenizer, messages)
 
 
 def test_tags_in_the_arguments_of_a_former_call_do_not_act(tokenizer):

@@ -317,6 +317,15 @@ def test_a_folder_without_weights_says_what_it_looked_for(folder):
 # --- shards
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "..", "", "a/b"])
+def test_an_index_that_names_files_elsewhere_is_refused(folder, name):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(CheckpointError, match="weight_map must name files beside it"):
+        qwen3_tg_numpy.load(folder)
+
+
 def test_shards_give_the_same_logits_as_one_file(folder):
     expected = qwen3_tg_numpy.load(folder).logits([5, 6, 7])
     tensors = {
