@@ -31,6 +31,7 @@ TITLES = {
     "end_to_end": "calculator call and the answer after it",
     "tool_unseen": "calculator call, names never seen in training",
     "chat": "greetings, thanks, goodbyes",
+    "chat_once": "the same, each held-out wording once (many are in capitals)",
     "about": "questions about itself (`who are you`, `how are you`)",
     "beyond": "question outside its reach",
     "no_thinking": "arithmetic without thinking: asks to turn it on",

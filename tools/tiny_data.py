@@ -668,6 +668,7 @@ HELD_OUT: dict[str, Callable[[random.Random], Case]] = {
     "tool_call": lambda rng: tool(rng, rng.random() < 0.5, "tool_call"),
     "tool_unseen": lambda rng: tool(rng, rng.random() < 0.5, "tool_unseen"),
     "chat": lambda rng: chat(rng, rng.random() < 0.5, rng.choice(("hello", "thanks", "bye"))),
+    "chat_once": lambda rng: chat(rng, rng.random() < 0.5, rng.choice(("hello", "thanks", "bye"))),
     "about": lambda rng: chat(rng, rng.random() < 0.5, rng.choice(("well", "about"))),
     "beyond": lambda rng: beyond(rng, rng.random() < 0.5),
     "no_thinking": lambda rng: single(rng, False),
@@ -677,16 +678,17 @@ HELD_OUT: dict[str, Callable[[random.Random], Case]] = {
 def heldout(kind: str, n: int, seed: int = 1) -> list[Case]:
     """`n` cases of one kind of HELD_OUT whose question was never trained on, in any form.
 
-    No question comes twice, but for chat: its held-out texts are few, and come as often as they
-    are made, so that the odd ones (`GOODBYE, PLEASE!`) do not outweigh the common ones."""
+    No question comes twice, but in "chat" and "about": their held-out texts are few, and come as
+    often as they are made, so that the odd ones (`GOODBYE, PLEASE!`) do not outweigh the common
+    ones. "chat_once" takes each of them once."""
     rng, cases, seen = random.Random(f"{seed} {kind}"), [], set()
     while len(cases) < n:
         case = HELD_OUT[kind](rng)
         text = case.messages[-1]["content"]
         plain = not text.endswith("think")  # the soft switches have their own answers
-        wanted = "chat" if kind == "about" else kind
+        wanted = "chat" if kind in ("about", "chat_once") else kind
         if case.kind == wanted and plain and is_held_out(case.keys[-1]) and text not in seen:
-            if case.kind != "chat":
+            if kind not in ("chat", "about"):
                 seen.add(text)
             cases.append(case)
     return cases
