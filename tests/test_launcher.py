@@ -140,6 +140,7 @@ def test_an_environment_of_the_users_own_is_used_and_not_deleted(fresh: Fresh) -
     (fresh.checkout / ".venv" / "made-by-qwen3").unlink()
     (fresh.checkout / ".venv" / "qwen3-ready").unlink()
     (fresh.checkout / ".venv" / "precious").write_text("mine")
+    (fresh.bin / "python3").unlink()  # there may be no other Python
     code, _, err = fresh.run("hi")
     assert code == 0 and "your own Python environment" in err
     assert (fresh.checkout / ".venv" / "precious").read_text() == "mine"
