@@ -30,6 +30,7 @@ class ChatTemplate:
     def __init__(self, source: str):
         from jinja2.exceptions import TemplateError
         from jinja2.ext import Extension, loopcontrols
+        from jinja2.meta import find_undeclared_variables
         from jinja2.nodes import Node
         from jinja2.parser import Parser
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -52,6 +53,8 @@ class ChatTemplate:
         self.source = source
         try:
             self._template = env.from_string(source)
+            # the names it reads that it does not set itself
+            self.variables = frozenset(find_undeclared_variables(env.parse(source)))
         except TemplateError as e:
             raise ChatError(f"the checkpoint's chat template is not valid jinja2: {e}") from None
 
@@ -97,6 +100,14 @@ def check_messages(messages: Sequence[Message]) -> None:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ChatError(f"message {n}: content must be a text, found {type(content).__name__}")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> None:
+    """Refuse what a template would render as something else. Raises ChatError."""
+    if tools is None:
+        return
+    if isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ChatError(f"tools must be a list of JSON schemas as dicts, found {tools!r:.80}")
 
 
 def encode_chat(

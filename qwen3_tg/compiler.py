@@ -11,6 +11,7 @@ only once, so `prepare_environment` comes before both.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import importlib.util
 import multiprocessing
@@ -19,6 +20,7 @@ import platform
 import re
 import shlex
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -105,7 +107,21 @@ def prepare_environment() -> None:
         os.environ["PARALLEL"] = "0"
     if "CACHEDB" in os.environ:
         return
-    os.environ["CACHEDB"] = str(cache_dir() / f"kernels-{fingerprint()}.db")
+    kernels = cache_dir() / f"kernels-{fingerprint()}.db"
+    _delete_if_damaged(kernels)
+    os.environ["CACHEDB"] = str(kernels)
+
+
+def _delete_if_damaged(database: Path) -> None:
+    if not database.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:  # another process is writing
+        return
+    except sqlite3.DatabaseError:
+        database.unlink(missing_ok=True)
 
 
 def _clang(executable: Path) -> Compiler | None:

@@ -11,6 +11,7 @@ see what a changing first call would do; ours never changes, and each such run c
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Integral
@@ -26,6 +27,8 @@ from qwen3_tg.model import Qwen3
 from qwen3_tg.sampling import Sampling, sample
 
 Graph = Callable[[Tensor, UOp, UOp | int], Tensor]
+# tinygrad captures and schedules for a whole process: one thread computes at a time.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Engine:
@@ -48,7 +51,10 @@ class Engine:
         """Logits for the token after `ids`, which start at position 0: (V,) float32.
 
         Raises ContextError if they do not fit, UsageError for none or ids out of range."""
-        ids = list(ids)
+        with _ONE_AT_A_TIME:
+            return self._next_logits(list(ids))
+
+    def _next_logits(self, ids: list[int]) -> np.ndarray:
         self._check_length(ids)
         # 1. Keep what the cache holds of these ids; the last one is computed in any case.
         start = min(_common_prefix(self._cached_ids, ids), len(ids) - 1)
@@ -66,7 +72,10 @@ class Engine:
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after every one of `ids`: (S, V) float32. Errors as for next_logits."""
-        ids = list(ids)
+        with _ONE_AT_A_TIME:
+            return self._all_logits(list(ids))
+
+    def _all_logits(self, ids: list[int]) -> np.ndarray:
         self._check_length(ids)
         self._check_ids(ids)
         self._forget_from(0)

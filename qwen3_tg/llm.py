@@ -17,10 +17,10 @@ import numpy as np
 
 from qwen3_tg import compiler
 from qwen3_tg import device as devices
-from qwen3_tg.chat import ChatTemplate, Message, check_messages, encode_chat
+from qwen3_tg.chat import ChatTemplate, Message, check_messages, check_tools, encode_chat
 from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
-from qwen3_tg.errors import ChatError, UsageError, check_count
+from qwen3_tg.errors import ChatError, CheckpointError, UsageError, check_count
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
@@ -78,6 +78,11 @@ class LLM:
         self.checkpoint, self.policy, self.context = checkpoint, policy, context
         self.config: ModelConfig = checkpoint.config
         self.tokenizer = Tokenizer(file) if (file := checkpoint.tokenizer_file) else None
+        if self.tokenizer and self.tokenizer.size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{checkpoint.tokenizer_file}: has {self.tokenizer.size} tokens, but the model "
+                f"only {self.config.vocab_size}: it is the tokenizer of another model"
+            )
         self._engine = _start_engine(checkpoint, policy, context, on_progress)
 
     @cached_property
@@ -88,7 +93,10 @@ class LLM:
                 f"{self.checkpoint.path} has no chat template: it is a base model; "
                 "complete plain text with --raw, or llm.generate()"
             )
-        return ChatTemplate(self.checkpoint.chat_template)
+        try:
+            return ChatTemplate(self.checkpoint.chat_template)
+        except ChatError as e:
+            raise ChatError(f"{self.checkpoint.path}: {e}") from None
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -198,9 +206,19 @@ class LLM:
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
         `stop` strings end the answer. `allow_special` lets special tokens in the messages act."""
         check_messages(messages)
+        check_tools(tools)
+        if not isinstance(thinking, bool):
+            raise UsageError(f"thinking must be True or False, found {thinking!r}")
+        if unknown := set(template_kwargs) - self.chat_template.variables - {"enable_thinking"}:
+            raise UsageError(
+                f"chat() has no parameter {min(unknown)!r}, nor has this model's template; how to "
+                "sample is given by sampling=Sampling(temperature=..., top_p=..., seed=...)"
+            )
         check_count("thinking_budget", thinking_budget, least=0)
         check_count("max_new_tokens", max_new_tokens, least=1)
         text, ids = self._encode(messages, tools, thinking, allow_special, template_kwargs)
+        if not ids:
+            raise ChatError(f"{self.checkpoint.path}: the chat template renders to nothing")
         in_thinking = text.rstrip("\n").endswith(THINK)
         if in_thinking and not thinking:
             raise UsageError("this model always thinks: its template has no switch for it")
@@ -278,9 +296,9 @@ class LLM:
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UsageError(
-                f"{self.checkpoint.path} has no tokenizer.json: only ids can be given, "
-                "through llm.generate_ids() and llm.logits()"
+            raise CheckpointError(
+                f"{self.checkpoint.path}: no tokenizer.json in it, which text needs; get it from "
+                "the same model (ids alone can be given to llm.generate_ids() and llm.logits())"
             )
         return self.tokenizer
 

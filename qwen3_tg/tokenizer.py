@@ -39,6 +39,11 @@ class Tokenizer:
         """Tokens that have a text; the model's embedding may have more rows."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def size(self) -> int:
+        """One more than the highest id."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     def encode(self, text: str, plain: bool = False) -> list[int]:
         """Ids of a text, none added around it. Special tokens in the text act as such, unless
         `plain`, where `<|im_end|>` is nothing but ten characters. Raises UsageError for a text that

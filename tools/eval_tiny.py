@@ -27,6 +27,8 @@ TITLES = {
     "negative": "subtraction with a negative result",
     "follow_up_2": "second turn (`now add 12`)",
     "follow_up_3": "third turn",
+    "again_2": "second turn, a whole question again",
+    "again_3": "third turn, a whole question again",
     "tool_call": "calculator call, usual names",
     "end_to_end": "calculator call and the answer after it",
     "tool_unseen": "calculator call, names never seen in training",

@@ -387,25 +387,30 @@ def single(rng: random.Random, thinking: bool, sign: str | None = None) -> Case:
     )
 
 
-def follow_up(rng: random.Random, thinking: bool, turns: int | None = None) -> Case:
-    turns = turns or rng.choice((2, 2, 3, 3, 4))
-    messages, keys, total = [], [], 0
+def follow_up(
+    rng: random.Random, thinking: bool, turns: int | None = None, fresh: float = 0
+) -> Case:
+    """Several turns. The later ones go on with the last result (`now add 12`), or, `fresh` of them,
+    ask a whole question anew."""
+    turns = turns or rng.choice((2, 2, 3, 3, 4, 5, 6) if fresh else (2, 2, 3, 3, 4))
+    messages, keys, total, whole = [], [], 0, True
     for turn in range(turns):
+        whole = turn == 0 or (fresh > 0 and rng.random() < fresh)
         sign = rng.choice("+-")
-        a, b = operands(rng, sign, total if turn else None)
-        if turn and total < 0 and rng.random() < 0.4:
+        a, b = operands(rng, sign, None if whole else total)
+        if not whole and total < 0 and rng.random() < 0.4:
             sign = "+"
         if abs(a) > 999 and turn < turns - 1:
-            return follow_up(rng, thinking, turns)
-        text = ask(rng, a, sign, b) if turn == 0 else rng.choice(NEXT[sign]).format(b=b)
-        messages.append(user(text if turn == 0 else style(rng, text, "")))
+            return follow_up(rng, thinking, turns, fresh)
+        text = ask(rng, a, sign, b) if whole else rng.choice(NEXT[sign]).format(b=b)
+        messages.append(user(text if whole else style(rng, text, "")))
         keys.append(pair_key(a, b))
         total = solve(a, sign, b)
         if turn < turns - 1:
             messages.append(assistant(str(total)))
     if abs(a) > 999:  # too long to go on with
         return finish(rng, "beyond", messages, thinking, tuple(keys), *REPLIES["digits"])
-    kind = f"follow_up_{turns}" if thinking else "no_thinking"
+    kind = f"{'again' if whole else 'follow_up'}_{turns}" if thinking else "no_thinking"
     return finish(
         rng, kind, messages, thinking, tuple(keys), chain(a, sign, b), str(total), THINKING_OFF
     )
@@ -633,6 +638,10 @@ def loud(make: Callable) -> Callable:
     return made
 
 
+def again(rng: random.Random, thinking: bool) -> Case:
+    return follow_up(rng, thinking, fresh=0.7)
+
+
 def usual_call(rng: random.Random, thinking: bool) -> Case:
     return tool(rng, thinking, "tool_call")
 
@@ -645,6 +654,8 @@ MIXES: dict[int, tuple[tuple[float, Callable], ...]] = {
         (0.06, mixture)),
     3: ((0.28, single), (0.07, tool), (0.14, follow_up), (0.14, loud(chat)), (0.12, loud(beyond)),
         (0.04, mixture), (0.21, usual_call)),
+    4: ((0.20, single), (0.12, follow_up), (0.30, again), (0.04, tool), (0.10, loud(chat)),
+        (0.09, loud(beyond)), (0.03, mixture), (0.12, usual_call)),
 }  # fmt: skip
 
 
@@ -653,7 +664,7 @@ def training_case(rng: random.Random, stage: int = 1) -> Case:
     mix = MIXES[stage]
     while True:
         make = rng.choices([m for _, m in mix], [w for w, _ in mix])[0]
-        often = 0.88 if make in (single, follow_up) else 0.5  # about 0.75 in all
+        often = 0.88 if make in (single, follow_up, again) else 0.5  # about 0.75 in all
         case = make(rng, rng.random() < often)
         if not any(is_held_out(key) for key in case.keys):
             return case
@@ -665,6 +676,8 @@ HELD_OUT: dict[str, Callable[[random.Random], Case]] = {
     "negative": lambda rng: single(rng, True, "-"),
     "follow_up_2": lambda rng: follow_up(rng, True, 2),
     "follow_up_3": lambda rng: follow_up(rng, True, 3),
+    "again_2": lambda rng: follow_up(rng, True, 2, fresh=1),
+    "again_3": lambda rng: follow_up(rng, True, 3, fresh=0.7),
     "tool_call": lambda rng: tool(rng, rng.random() < 0.5, "tool_call"),
     "tool_unseen": lambda rng: tool(rng, rng.random() < 0.5, "tool_unseen"),
     "chat": lambda rng: chat(rng, rng.random() < 0.5, rng.choice(("hello", "thanks", "bye"))),

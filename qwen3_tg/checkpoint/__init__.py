@@ -9,7 +9,7 @@ from __future__ import annotations
 from qwen3_tg.checkpoint.hf_directory import open_hf_directory
 from qwen3_tg.checkpoint.locate import locate
 from qwen3_tg.checkpoint.types import Checkpoint, StoredWeight
-from qwen3_tg.errors import UnsupportedError
+from qwen3_tg.errors import CheckpointError, UnsupportedError
 
 __all__ = ["Checkpoint", "StoredWeight", "locate", "open_checkpoint"]
 
@@ -21,7 +21,10 @@ def open_checkpoint(model: str) -> Checkpoint:
     path = locate(model)
     if path.is_file():
         raise UnsupportedError(
-            f"{path}: a single file; only Hugging Face directories (config.json and "
-            "*.safetensors) are supported yet"
+            f"{path}: a single file (GGUF and the like are not supported yet); expected a "
+            "Hugging Face directory with config.json and *.safetensors"
         )
-    return open_hf_directory(path)
+    try:
+        return open_hf_directory(path)
+    except OSError as e:
+        raise CheckpointError(f"{path}: not readable: {e.strerror or e}") from None

@@ -7,6 +7,7 @@ file, because the library's numpy side knows no bfloat16 and copies.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qwen3_tg.config import GenerationConfig, ModelConfig, read_json
 from qwen3_tg.errors import CheckpointError
 
 _FORMATS = {"F32": ("float32", "<f4"), "F16": ("float16", "<f2"), "BF16": ("bfloat16", "<u2")}
+_OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".npz")
 _MAX_LISTED = 8  # problems named in one error
 
 
@@ -51,9 +53,10 @@ def _read_weights(path: Path) -> dict[str, StoredWeight]:
     if (path / "model.safetensors").is_file():
         return _read_safetensors(path / "model.safetensors")
     if not index_path.is_file():
+        others = sorted(file.name for file in path.iterdir() if file.suffix in _OTHER_FORMATS)
         raise CheckpointError(
             f"{path}: no weights: neither model.safetensors nor model.safetensors.index.json; "
-            "is the download complete?"
+            + (f"{others[0]}: not supported yet" if others else "is the download complete?")
         )
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -82,6 +85,8 @@ def _is_file_name(name: object) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, StoredWeight]:
+    if not os.access(path, os.R_OK):  # the library would say that it does not exist
+        raise CheckpointError(f"{path}: not readable: permission denied")
     try:
         with safe_open(path, framework="numpy"):  # the library's check of header and file length
             pass

@@ -25,7 +25,8 @@ _HELP = """\
 /clear             forget the conversation
 /help              this text
 /exit              leave (also Ctrl-D)
-Ctrl-C stops an answer. /think and /no_think in a message are the model's own switches."""
+Ctrl-C stops an answer. A line for the model that starts with / needs a space before it, but for
+/think and /no_think, the model's own switches."""
 _FOR_THE_MODEL = ("/think", "/no_think")
 
 
@@ -47,13 +48,16 @@ class Conversation:
         if word == "/clear":
             self.messages = []
             terminal.note("(forgotten)")
-        elif word == "/thinking" and argument in ("on", "off"):
-            self._options.thinking = argument
-            terminal.note(f"(thinking is {argument})")
+        elif word == "/thinking":
+            if argument in ("on", "off"):
+                self._options.thinking = argument
+            elif argument:
+                terminal.note("/thinking takes on or off")
+            terminal.note(f"(thinking is {self._options.thinking or 'on'})")
         elif word == "/help":
             terminal.note(_HELP)
         else:
-            terminal.note(f"unknown command {line!r}; /help lists them")
+            terminal.note(f"unknown command {word!r}; /help lists them")
         return True
 
     def turn(self, text: str) -> None:
@@ -66,6 +70,8 @@ class Conversation:
             if isinstance(piece, End):
                 printer.finish()
                 terminal.note_end(piece, self.sampling.seed, self._options.verbose)
+                if piece.reason == "context":
+                    terminal.note("(/clear starts anew)")
             printer.show(piece)
 
         # each turn draws other random numbers, far from those of any other seed a user gives

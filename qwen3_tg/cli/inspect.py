@@ -24,6 +24,8 @@ def tokenize(options: argparse.Namespace) -> None:
         words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
         if wrong := [word for word in words if not word.isdecimal()]:
             raise UsageError(f"--decode takes token ids, found {wrong[0]!r}")
+        if unknown := [word for word in words if not tokenizer.token_bytes(int(word))]:
+            raise UsageError(f"the tokenizer has no token {unknown[0]}")
         print(tokenizer.decode(map(int, words)))
         return
     ids = tokenizer.encode(text)

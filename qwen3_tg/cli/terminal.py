@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -119,9 +120,13 @@ def stream(pieces: Iterator[Piece], show: Callable[[Piece], None]) -> None:
         show(piece)
 
 
+def _obeys_codes() -> bool:
+    return os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
+
+
 def _write(stream: TextIO, text: str, dim: bool = False) -> None:
     if stream.isatty():
         text = _CONTROL.sub("\ufffd", text)
-        text = f"{_DIM}{text}{_RESET}" if dim else text
+        text = f"{_DIM}{text}{_RESET}" if dim and _obeys_codes() else text
     stream.write(text)
     stream.flush()

@@ -235,7 +235,7 @@ def test_a_directory_with_only_a_config_is_refused(folder):
 def test_a_single_file_is_refused_with_what_is_supported(tmp_path, name):
     (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")
     message = refused(tmp_path / name, UnsupportedError)
-    assert message.startswith(f"{tmp_path / name}: a single file; only Hugging Face directories")
+    assert message.startswith(f"{tmp_path / name}: a single file (GGUF and the like are not")
 
 
 # --- what is refused: JSON files ---

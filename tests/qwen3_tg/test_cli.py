@@ -226,6 +226,56 @@ class TestEndings:
         assert process.wait(60) == 141
         assert process.stderr.read() == b""
 
+    @pytest.mark.parametrize(
+        ("closed", "expected"),
+        [
+            ("2>&-", (0, b"122\n", b"")),
+            ("<&-", (0, b"122\n", None)),
+            (">&-", (2, b"", b"error: stdout is closed: there is no place for an answer\n")),
+        ],
+    )
+    def test_a_closed_stream_is_no_surprise(
+        self, closed: str, expected: tuple[int, bytes, bytes | None]
+    ) -> None:
+        line = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, SUM]
+        run = subprocess.run(line, capture_output=True, stdin=subprocess.DEVNULL)
+        err = run.stderr if expected[2] is not None else None
+        assert (run.returncode, run.stdout, err) == expected
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
+    @pytest.mark.parametrize("command", [[SUM], ["tokenize", "a"], ["devices"]])
+    def test_a_full_disk_is_one_error(self, command: list[str]) -> None:
+        with Path("/dev/full").open("w") as full:
+            run = subprocess.run(
+                [*COMMAND, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert run.returncode == 1
+        assert run.stderr.splitlines()[-1] == (
+            "error: cannot write the output: No space left on device"
+        )
+
+    def test_ctrl_c_in_the_middle_of_a_del_is_not_lost(self) -> None:
+        class Deleted:
+            def __del__(self) -> None:
+                raise KeyboardInterrupt
+
+        def run(argv: list[str], stdout_is_closed: bool) -> int:
+            Deleted()
+            time.sleep(10)
+            return 0
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(sys.modules["qwen3_tg.cli.main"], "_run_and_report", run)
+            main([])
+
+    def test_debug_of_other_programs_prints_nothing(self) -> None:
+        assert qwen3(SUM, env=os.environ | {"DEBUG": "1"})[:2] == (0, "122\n")
+        assert qwen3(SUM, env=os.environ | {"DEBUG": "true"})[:2] == (0, "122\n")
+
     def test_ctrl_c_ends_with_130_and_leaves_nothing_running(self) -> None:
         process = subprocess.Popen(
             [*COMMAND, "--raw", "1+1+1+1"],  # never ends by itself
@@ -265,6 +315,8 @@ class TestTokenizeAndDevices:
         monkeypatch.setattr(sys, "stdin", Stdin(ids.encode()))
         assert main(["tokenize", "--decode"]) == 0
         assert capsys.readouterr().out == SUM + "\n"
+        assert main(["tokenize", "--decode", "1 99999"]) == 2
+        assert one_error(capsys.readouterr().err).endswith("the tokenizer has no token 99999")
 
     def test_devices_marks_the_one_it_would_take(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["devices"]) == 0

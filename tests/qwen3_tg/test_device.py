@@ -188,6 +188,21 @@ class TestCompiler:
         assert (run.returncode, run.stdout) == (0, "CPU\n"), run.stderr
         assert list((tmp_path / "tmp").iterdir()) == [], "nothing is left behind"
 
+    def test_a_damaged_database_of_kernels_is_made_anew(self, tmp_path: Path) -> None:
+        code = (
+            "import os, qwen3_tg.compiler as c; c.prepare_environment(); "
+            "from qwen3_tg.device import choose; print(choose('CPU').device, os.environ['CACHEDB'])"
+        )
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+        env.pop("CACHEDB", None)
+
+        def run() -> list[str]:
+            return subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()
+
+        device, database = run()
+        Path(database).write_bytes(b"no database " * 1000)
+        assert run() == [device, database] == ["CPU", database]
+
     def test_where_processes_cannot_share_locks_it_compiles_in_this_one(
         self, tmp_path: Path
     ) -> None:

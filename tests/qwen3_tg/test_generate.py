@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from conftest import FLOAT32_TOLERANCE, assert_close, load_golden
@@ -86,6 +88,17 @@ def test_two_generations_may_take_turns(engine: Engine, ids: list[int]) -> None:
     both = [Generation(engine, p, 6, GREEDY, ()) for p in prompts]
     together = [[next(g) for g in both] for _ in range(6)]
     assert [list(column) for column in zip(*together, strict=True)] == alone
+
+
+def test_threads_may_share_an_engine(engine: Engine, ids: list[int], expected: np.ndarray) -> None:
+    other = new_engine()
+
+    def run(n: int) -> np.ndarray:
+        return [engine, other][n % 2].next_logits(ids[: 40 + n])
+
+    with ThreadPoolExecutor(4) as threads:
+        found = np.stack(list(threads.map(run, range(8))))
+    assert_close(found, expected[39:47], FLOAT32_TOLERANCE)
 
 
 def test_only_new_tokens_are_computed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,10 @@ def test_the_same_seed_gives_the_same_answer(llm: LLM) -> None:
         (SUM, {"thinking_budget": -1}, UsageError, "thinking_budget must be at least 0"),
         (SUM, {"max_new_tokens": 0}, UsageError, "max_new_tokens must be at least 1"),
         (SUM, {"stop": "text"}, UsageError, "stop strings must be a list"),
+        (SUM, {"temperature": 0.5}, UsageError, r"no parameter 'temperature', .*sampling=Sampling"),
+        (SUM, {"thinking": "off"}, UsageError, "thinking must be True or False, found 'off'"),
+        (SUM, {"tools": "x"}, ChatError, "tools must be a list"),
+        (SUM, {"tools": [1]}, ChatError, "tools must be a list"),
         ([{"role": "user", "content": "7" * 3000}], {}, ContextError, "context 2048"),
     ],
 )
@@ -223,7 +228,7 @@ class TestCheckpointsThatLackSomething:
         assert bare.tokenizer is None
         ids = llm.tokenizer.encode(rendered(llm))
         assert list(bare.generate_ids(ids, 5)) == list(llm.generate_ids(ids, 5))
-        with pytest.raises(UsageError, match=r"no tokenizer.json"):
+        with pytest.raises(CheckpointError, match=r"no tokenizer.json"):
             bare.chat(SUM)
 
     def test_without_a_template_plain_text_still_works(self, copy: Path) -> None:
@@ -236,8 +241,47 @@ class TestCheckpointsThatLackSomething:
 
     def test_a_broken_template_is_one_clear_error(self, copy: Path) -> None:
         (copy / "chat_template.jinja").write_text("{% if %}")
-        with pytest.raises(ChatError, match="not valid jinja2"):
+        with pytest.raises(ChatError, match=f"{copy}: .* not valid jinja2"):
             qwen3_tg.load(str(copy)).chat(SUM)
+        (copy / "chat_template.jinja").write_text("")
+        with pytest.raises(ChatError, match="renders to nothing"):
+            qwen3_tg.load(str(copy)).chat(SUM)
+
+    def test_what_a_template_reads_can_be_given_and_nothing_else(self, copy: Path) -> None:
+        (copy / "chat_template.jinja").write_text(
+            "{% set own = 1 %}{{ messages }}{{ mood }}{{ own }}"
+        )
+        llm = qwen3_tg.load(str(copy))
+        llm.chat(SUM, mood="good")
+        for name in ("own", "mod"):
+            with pytest.raises(UsageError, match=f"no parameter '{name}'"):
+                llm.chat(SUM, **{name: 1})
+
+    def test_the_tokenizer_of_another_model_is_refused(self, copy: Path) -> None:
+        raw = json.loads((copy / "tokenizer.json").read_text())
+        first = raw["added_tokens"][0]
+        for id in range(794, 801):  # the model has 800 rows
+            raw["added_tokens"].append(first | {"id": id, "content": f"<|more_{id}|>"})
+        (copy / "tokenizer.json").write_text(json.dumps(raw))
+        with pytest.raises(CheckpointError, match=r"tokenizer of another model"):
+            qwen3_tg.load(str(copy))
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+    def test_what_may_not_be_read_is_said(self, copy: Path) -> None:
+        (copy / "model.safetensors").chmod(0)
+        with pytest.raises(CheckpointError, match=r"safetensors: not readable: permission denied"):
+            qwen3_tg.load(str(copy))
+        copy.chmod(0)
+        with pytest.raises(CheckpointError, match="not readable: Permission denied"):
+            qwen3_tg.load(str(copy))
+        copy.chmod(0o700)
+
+    def test_other_formats_are_named(self, copy: Path) -> None:
+        (copy / "model.safetensors").rename(copy / "model.gguf")
+        with pytest.raises(CheckpointError, match=r"model\.gguf: not supported yet"):
+            qwen3_tg.load(str(copy))
+        with pytest.raises(CheckpointError, match="GGUF and the like are not supported yet"):
+            qwen3_tg.load(str(copy / "model.gguf"))
 
     def test_a_broken_tokenizer_is_one_clear_error(self, copy: Path) -> None:
         (copy / "tokenizer.json").write_text("{}")
