@@ -190,7 +190,8 @@ def as_json(case: Case) -> dict:
 
 
 SAMPLE = {"add": 5, "subtract": 5, "negative": 5, "follow_up_2": 4, "follow_up_3": 4}
-SAMPLE |= {"tool_call": 5, "chat": 4, "about": 2, "beyond": 4, "no_thinking": 3}
+SAMPLE |= {"again_2": 4, "again_3": 3, "tool_call": 5}
+SAMPLE |= {"chat": 4, "about": 2, "beyond": 4, "no_thinking": 3}
 
 
 def write_sample(engine, path: Path, seed: int) -> None:

@@ -5,6 +5,8 @@
         --steps 2000 --muon-lr 2e-3 --adam-lr 1e-3
     python tools/train_tiny.py --qwen3-files DIR --init second --out third --stage 3 --seed 2 \\
         --steps 1200 --muon-lr 2e-3 --adam-lr 1e-3
+    python tools/train_tiny.py --qwen3-files DIR --init third --out fourth --stage 4 --seed 3 \\
+        --steps 900 --muon-lr 2e-3 --adam-lr 1e-3
 
 DIR holds the real tokenizer.json, tokenizer_config.json and chat_template.jinja of Qwen3. The
 later lines go on from the checkpoint before, with its tokenizer and another mix of data. Needs
