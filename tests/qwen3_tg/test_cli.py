@@ -268,9 +268,13 @@ class TestEndings:
             time.sleep(10)
             return 0
 
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(sys.modules["qwen3_tg.cli.main"], "_run_and_report", run)
-            main([])
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(sys.modules["qwen3_tg.cli.main"], "_run_and_report", run)
+                main([])
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_debug_of_other_programs_prints_nothing(self) -> None:
         assert qwen3(SUM, env=os.environ | {"DEBUG": "1"})[:2] == (0, "122\n")
