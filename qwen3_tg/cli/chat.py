@@ -18,7 +18,6 @@ from qwen3_tg.cli.generate import (
 )
 from qwen3_tg.errors import ContextError, Qwen3Error, UsageError
 from qwen3_tg.llm import LLM
-from qwen3_tg.reply import End, Piece
 
 _HELP = """\
 /thinking on|off   think before answering, or not
@@ -64,16 +63,7 @@ class Conversation:
         """Answer a message. Stopped with Ctrl-C, what was answered so far is kept; after an error
         or with no answer at all, the message is as if never sent."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        printer = terminal.ReplyPrinter()
-
-        def show(piece: Piece) -> None:
-            if isinstance(piece, End):
-                printer.finish()
-                terminal.note_end(piece, self.sampling.seed, self._options.verbose)
-                if piece.reason == "context":
-                    terminal.note("(/clear starts anew)")
-            printer.show(piece)
-
+        printer = terminal.ReplyPrinter(self.sampling.seed, self._options.verbose)
         # each turn draws other random numbers, far from those of any other seed a user gives
         seed = (self.sampling.seed + self._turns * 2**64) % 2**128
         self._turns += 1
@@ -84,7 +74,9 @@ class Conversation:
                 replace(self.sampling, seed=seed),
                 self._options,
             )
-            terminal.stream(pieces, show)
+            terminal.stream(pieces, printer.show)
+            if printer.reason == "context":
+                terminal.note("(/clear starts anew)")
         except KeyboardInterrupt:
             printer.finish()
             terminal.note("(stopped)")

@@ -32,16 +32,9 @@ def generate(options: argparse.Namespace) -> None:
     if pieces is None:
         messages = [{"role": "user", "content": prompt}]
         pieces = reply(llm, with_system(messages, options), sampling, options)
-    printer = terminal.ReplyPrinter()
-
-    def show(piece: Piece) -> None:
-        if isinstance(piece, End):
-            printer.finish()
-            terminal.note_end(piece, sampling.seed, options.verbose)
-        printer.show(piece)
-
+    printer = terminal.ReplyPrinter(sampling.seed, options.verbose)
     try:
-        terminal.stream(pieces, show)
+        terminal.stream(pieces, printer.show)
     except KeyboardInterrupt:
         printer.finish()
         raise

@@ -21,10 +21,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ReplyPrinter:
-    """Prints pieces as they come. `text` is the answer so far."""
+    """Prints pieces as they come. `text` is the answer so far, `reason` why it ended. `seed` and
+    `verbose` are for what is said at the end."""
 
-    def __init__(self) -> None:
-        self.text = ""
+    def __init__(self, seed: int = 0, verbose: bool = False) -> None:
+        self.text, self.reason = "", ""
+        self._seed, self._verbose = seed, verbose
         self._thinking = False  # a line of thinking is unfinished
 
     def show(self, piece: Piece) -> None:
@@ -40,6 +42,10 @@ class ReplyPrinter:
             call = json.dumps({"name": piece.name, "arguments": piece.arguments})
             self.text += call
             _write(sys.stdout, call)
+        else:
+            self.reason = piece.reason
+            self.finish()
+            note_end(piece, self._seed, self._verbose)
 
     def finish(self) -> None:
         """End the line, whether the reply is whole or was interrupted."""
