@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -37,14 +39,16 @@ def open_hf_directory(path: Path) -> Checkpoint:
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     tokenizer_file = path / "tokenizer.json"
+    texts_path = path / "tokenizer_config.json"
+    texts = read_json(texts_path) if texts_path.is_file() else {}
     return Checkpoint(
         path=path,
         config=config,
         generation=GenerationConfig.from_dicts(generation, raw, where=str(generation_path)),
         weights=_check(_read_weights(path), config, path),
         tokenizer_file=tokenizer_file if tokenizer_file.is_file() else None,
-        chat_template=_read_chat_template(path),
-        special_tokens=_read_special_tokens(path),
+        chat_template=_read_chat_template(path, texts),
+        special_tokens=_read_special_tokens(texts),
     )
 
 
@@ -137,18 +141,16 @@ def _check(
     return {name: weights[name] for name in expected}
 
 
-def _read_chat_template(path: Path) -> str | None:
-    """chat_template.jinja, or else what tokenizer_config.json has: a string, or a list of named
-    ones, of which `default` is taken."""
+def _read_chat_template(path: Path, texts: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or else what tokenizer_config.json, `texts`, has: a string, or a list of
+    named ones, of which `default` is taken."""
     file = path / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise CheckpointError(f"{file}: not readable: {e}") from None
-    if not (path / "tokenizer_config.json").is_file():
-        return None
-    template = read_json(path / "tokenizer_config.json").get("chat_template")
+    template = texts.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
@@ -160,13 +162,10 @@ def _read_chat_template(path: Path) -> str | None:
     return template
 
 
-def _read_special_tokens(path: Path) -> dict[str, str]:
-    if not (path / "tokenizer_config.json").is_file():
-        return {}
-    raw = read_json(path / "tokenizer_config.json")
+def _read_special_tokens(texts: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = raw.get(key)
+        token = texts.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             found[key] = token
