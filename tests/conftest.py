@@ -47,6 +47,13 @@ class Golden:
         return self.values["greedy_ids"].tolist()
 
 
+def with_cache(folder: Path) -> dict[str, str]:
+    """The environment of a process that keeps its kernels in this folder."""
+    env = os.environ | {"XDG_CACHE_HOME": str(folder)}
+    env.pop("CACHEDB", None)  # set for this process
+    return env
+
+
 def load_golden(name: str) -> Golden:
     with np.load(GOLDEN / name / "golden.npz") as values:
         return Golden(name, GOLDEN / name, dict(values))

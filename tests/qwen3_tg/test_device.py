@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import with_cache
 from tinygrad import dtypes
 from tinygrad.helpers import Context
 
@@ -181,20 +181,17 @@ class TestCompiler:
             "from qwen3_tg.device import choose; print(choose('CPU').device)"
         )
         (tmp_path / "tmp").mkdir()
-        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file")}
-        env["TMPDIR"] = str(tmp_path / "tmp")
-        env.pop("CACHEDB", None)
+        env = with_cache(tmp_path / "file") | {"TMPDIR": str(tmp_path / "tmp")}
         run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (0, "CPU\n"), run.stderr
         assert list((tmp_path / "tmp").iterdir()) == [], "nothing is left behind"
 
     def test_a_damaged_database_of_kernels_is_made_anew(self, tmp_path: Path) -> None:
         code = (
-            "import os, qwen3_tg.compiler as c; c.prepare_environment(); "
-            "from qwen3_tg.device import choose; print(choose('CPU').device, os.environ['CACHEDB'])"
+            "import os; from qwen3_tg.device import choose; "
+            "print(choose('CPU').device, os.environ['CACHEDB'])"
         )
-        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-        env.pop("CACHEDB", None)
+        env = with_cache(tmp_path)
 
         def run() -> list[str]:
             return subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()
@@ -213,8 +210,7 @@ class TestCompiler:
             "import qwen3_tg\n"
             "print(len(list(qwen3_tg.load().generate_ids([1, 2], max_new_tokens=2))))"
         )
-        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-        env.pop("CACHEDB", None)
+        env = with_cache(tmp_path)
         run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (0, "2\n"), run.stderr
 

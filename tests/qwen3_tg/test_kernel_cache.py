@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import with_cache
 from tinygrad import codegen
 
 from qwen3_tg.kernel_cache import KernelCache
@@ -24,8 +24,7 @@ print(len(to_program_cache) - before)
 
 
 def test_a_second_process_lowers_nothing_again(tmp_path: Path) -> None:
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONHASHSEED": "random"}
-    env.pop("CACHEDB", None)
+    env = with_cache(tmp_path) | {"PYTHONHASHSEED": "random"}
 
     def run() -> tuple[str, int]:
         lines = subprocess.check_output([sys.executable, "-c", CODE], env=env, text=True)

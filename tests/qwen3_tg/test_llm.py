@@ -164,17 +164,6 @@ def test_stop_ids_come_from_the_checkpoint_unless_given(llm: LLM) -> None:
     assert on == [*own, llm.tokenizer.added_tokens["<|im_end|>"]]
 
 
-def test_the_end_of_a_turn_stops_also_where_no_file_names_it(tmp_path: Path) -> None:
-    shutil.copytree(TINY, tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").unlink()
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["eos_token_id"] = None
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    llm = qwen3_tg.load(str(tmp_path / "model"))
-    added = llm.tokenizer.added_tokens
-    assert llm.stop_ids == {added["<|im_end|>"], added["<|endoftext|>"]}
-
-
 def test_the_same_seed_gives_the_same_answer(llm: LLM) -> None:
     def draw(seed: int) -> str:
         sampling = Sampling(temperature=3.0, seed=seed)
@@ -230,6 +219,15 @@ class TestCheckpointsThatLackSomething:
         assert list(bare.generate_ids(ids, 5)) == list(llm.generate_ids(ids, 5))
         with pytest.raises(CheckpointError, match=r"no tokenizer.json"):
             bare.chat(SUM)
+
+    def test_the_end_of_a_turn_stops_also_where_no_file_names_it(self, copy: Path) -> None:
+        (copy / "generation_config.json").unlink()
+        config = json.loads((copy / "config.json").read_text())
+        config["eos_token_id"] = None
+        (copy / "config.json").write_text(json.dumps(config))
+        llm = qwen3_tg.load(str(copy))
+        added = llm.tokenizer.added_tokens
+        assert llm.stop_ids == {added["<|im_end|>"], added["<|endoftext|>"]}
 
     def test_without_a_template_plain_text_still_works(self, copy: Path) -> None:
         (copy / "chat_template.jinja").unlink()
