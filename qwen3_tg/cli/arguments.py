@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from qwen3_tg.errors import UsageError
 
-COMMANDS = ("generate", "chat", "tokenize", "devices")
+# Command: the module in this room and its function that runs it, imported only then.
+COMMANDS = {
+    "generate": "generate:generate",
+    "chat": "chat:chat",
+    "tokenize": "inspect:tokenize",
+    "devices": "inspect:show_devices",
+    "plan": "plan:plan",
+    "pull": "pull:pull",
+    "quantize": "quantize:quantize",
+    "bench": "bench:bench",
+}
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
 
@@ -19,6 +30,10 @@ Qwen3 on whatever hardware you have.
   qwen3 chat                        talk; Ctrl-C stops an answer, Ctrl-D ends
   qwen3 tokenize "Hello"            show the tokens of a text
   qwen3 devices                     show what this machine can compute on
+  qwen3 plan Qwen3-32B              show how much memory a model takes, before it is downloaded
+  qwen3 pull Qwen/Qwen3-0.6B        download a model
+  qwen3 quantize MODEL OUT.gguf     make a model smaller
+  qwen3 bench MODEL                 measure how fast it is here
 """
 
 
@@ -87,7 +102,8 @@ def _parser(command: str | None) -> _Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if command is None:
         parser.add_argument("--version", action="version", version=f"qwen3_tg {_version()}")
-    if command == "devices":
+    if command in _OWN_ARGUMENTS:
+        _OWN_ARGUMENTS[command](parser)
         return parser
     parser.add_argument(
         "--model",
@@ -153,6 +169,32 @@ def _add_tokenize(parser: _Parser) -> None:
     form.add_argument("--ids", action="store_true", help="only the ids, on one line")
     form.add_argument("--count", action="store_true", help="only how many there are")
     form.add_argument("--decode", action="store_true", help="the other way: TEXT holds ids")
+
+
+def _add_plan(parser: _Parser) -> None:
+    """Filled in by the plan command."""
+
+
+def _add_pull(parser: _Parser) -> None:
+    """Filled in by the pull command."""
+
+
+def _add_quantize(parser: _Parser) -> None:
+    """Filled in by the quantize command."""
+
+
+def _add_bench(parser: _Parser) -> None:
+    """Filled in by the bench command."""
+
+
+# Commands that take none of the options of a run.
+_OWN_ARGUMENTS: dict[str | None, Callable[[_Parser], None]] = {
+    "devices": lambda parser: None,
+    "plan": _add_plan,
+    "pull": _add_pull,
+    "quantize": _add_quantize,
+    "bench": _add_bench,
+}
 
 
 def _version() -> str:

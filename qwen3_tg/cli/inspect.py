@@ -39,7 +39,7 @@ def tokenize(options: argparse.Namespace) -> None:
             print(f"{id:>6}  {_shown(part)}")
 
 
-def show_devices() -> None:
+def show_devices(options: argparse.Namespace) -> None:
     """Print every device, whether it works, its native types, and which one is chosen and why."""
     try:
         chosen, reason = (policy := devices.choose()).device, policy.reason

@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from importlib import import_module
 
 from qwen3_tg.cli import arguments
 from qwen3_tg.errors import Qwen3Error, UsageError
@@ -77,22 +79,11 @@ def _repeat_ctrl_c(unraisable: sys.UnraisableHookArgs) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.command == "devices":
-        from qwen3_tg.cli.inspect import show_devices
-
-        show_devices()
-    elif options.command == "tokenize":
-        from qwen3_tg.cli.inspect import tokenize
-
-        tokenize(options)
-    elif options.command == "chat":
-        from qwen3_tg.cli.chat import chat
-
-        chat(options)
-    else:
-        from qwen3_tg.cli.generate import generate
-
-        generate(options)
+    module, _, function = arguments.COMMANDS[options.command].partition(":")
+    run: Callable[[argparse.Namespace], None] = getattr(
+        import_module(f"qwen3_tg.cli.{module}"), function
+    )
+    run(options)
 
 
 def _message(e: Exception) -> str:
