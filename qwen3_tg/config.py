@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_tg.errors import CheckpointError, UnsupportedError
+from qwen3_tg.yarn import Yarn, read_rope
 
 _LARGEST = sys.float_info.max  # JSON holds integers beyond it, and Infinity
-# Keys that do not change the logits of a dense Qwen3 text model.
+# Keys that do not change the logits of a Qwen3 text model.
 _NO_EFFECT = frozenset(
     """
     architectures auto_map _name_or_path name_or_path transformers_version torch_dtype dtype
@@ -36,6 +37,7 @@ _NO_EFFECT = frozenset(
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
     output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    output_router_logits router_aux_loss_coef
     """.split()
 )
 # Keys of generation_config.json that change the text, with the value at which they do not.
@@ -60,6 +62,7 @@ _NOT_APPLIED = {
     "min_length": 0,
     "min_new_tokens": None,
 }
+_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 # Keys that are understood at one value only: (key, the value, what else it would mean).
 _ONE_VALUE: tuple[tuple[str, Any, str], ...] = (
     ("hidden_act", "silu", "another activation"),
@@ -70,7 +73,8 @@ _ONE_VALUE: tuple[tuple[str, Any, str], ...] = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a dense Qwen3 model. Lengths are tokens."""
+    """The shape of a Qwen3 model. Lengths are tokens. `num_experts` is 0 in a dense one, where the
+    other fields of a mixture mean nothing."""
 
     vocab_size: int
     hidden_size: int
@@ -83,6 +87,13 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    yarn: Yarn | None = None
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -91,10 +102,11 @@ class ModelConfig:
         Raises UnsupportedError for a model this version does not compute, CheckpointError for a
         missing or impossible value."""
         _refuse_other_models(raw, where)
-        rope_theta = _read_rope(raw, where)
-        known = set(ModelConfig.__dataclass_fields__) | _NO_EFFECT
+        rope_theta, yarn = read_rope(raw, where)
+        known = set(ModelConfig.__dataclass_fields__) - {"yarn"} | _NO_EFFECT
         known |= {"model_type", "layer_types", "rope_scaling", "rope_parameters"}
-        known |= {"quantization_config", "quantization"}
+        known |= {"quantization_config", "quantization"}  # for the readers of weights
+        known |= {"num_local_experts"}
         known |= {key for key, _, _ in _ONE_VALUE}
         if unknown := sorted(set(raw) - known):
             raise UnsupportedError(
@@ -128,6 +140,8 @@ class ModelConfig:
             rms_norm_eps=float(eps),
             rope_theta=rope_theta,
             tie_word_embeddings=tie,
+            yarn=yarn,
+            **(_read_mixture(raw, where) if raw["model_type"] == "qwen3_moe" else {}),
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise CheckpointError(
@@ -138,9 +152,19 @@ class ModelConfig:
             raise CheckpointError(f"{where}: head_dim must be even, found {config.head_dim}")
         return config
 
+    def is_mixture(self, layer: int) -> bool:
+        """Whether a layer has experts in place of its MLP."""
+        return (
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the checkpoint by its name there, with its shape; (O, I) for matrices."""
-        D, F, Hd = self.hidden_size, self.intermediate_size, self.head_dim
+        """Every tensor of the model by its name in the checkpoint, with its shape; (O, I) for
+        matrices. Those of all experts of a layer are one, (E, O, I), named mlp.experts.gate_proj
+        and so on."""
+        D, Hd, E = self.hidden_size, self.head_dim, self.num_experts
         H, K = self.num_attention_heads, self.num_key_value_heads
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, D)}
         for i in range(self.num_hidden_layers):
@@ -153,10 +177,15 @@ class ModelConfig:
                 "self_attn.q_norm": (Hd,),
                 "self_attn.k_norm": (Hd,),
                 "post_attention_layernorm": (D,),
-                "mlp.gate_proj": (F, D),
-                "mlp.up_proj": (F, D),
-                "mlp.down_proj": (D, F),
             }
+            if self.is_mixture(i):
+                F, mlp, experts = self.moe_intermediate_size, "mlp.experts", (E,)
+                layer["mlp.gate"] = (E, D)
+            else:
+                F, mlp, experts = self.intermediate_size, "mlp", ()
+            layer[f"{mlp}.gate_proj"] = (*experts, F, D)
+            layer[f"{mlp}.up_proj"] = (*experts, F, D)
+            layer[f"{mlp}.down_proj"] = (*experts, D, F)
             shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (D,)
         if not self.tie_word_embeddings:
@@ -238,23 +267,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
     model_type = raw.get("model_type")
-    if model_type == "qwen3_moe":
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise UnsupportedError(
-            f"{where}: model_type 'qwen3_moe' (mixture of experts) is not supported yet; "
-            "use a dense Qwen3: 0.6B, 1.7B, 4B, 8B, 14B or 32B"
+            f"{where}: model_type must be {' or '.join(map(repr, _ARCHITECTURES))}, "
+            f"found {model_type!r}"
         )
-    if model_type != "qwen3":
-        raise UnsupportedError(f"{where}: model_type must be 'qwen3', found {model_type!r}")
-    architectures = raw.get("architectures") or ["Qwen3ForCausalLM"]
-    if architectures != ["Qwen3ForCausalLM"]:
+    expected = [_ARCHITECTURES[model_type]]
+    if (raw.get("architectures") or expected) != expected:
         raise UnsupportedError(
-            f"{where}: architectures must be ['Qwen3ForCausalLM'], found {architectures!r}"
-        )
-    if (quantization := raw.get("quantization_config") or raw.get("quantization")) is not None:
-        method = quantization.get("quant_method", "mlx") if isinstance(quantization, dict) else "?"
-        raise UnsupportedError(
-            f"{where}: quantised weights (quantization_config: {method}) are not supported yet; "
-            "use the float checkpoint of the same model"
+            f"{where}: architectures must be {expected}, found {raw['architectures']!r}"
         )
     for key, value, meaning in _ONE_VALUE:
         if raw.get(key, value) != value:
@@ -268,26 +289,25 @@ def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _read_rope(raw: Mapping[str, Any], where: str) -> float:
-    """rope_theta from the keys of transformers 5 or 4; any other rotation than RoPE is refused."""
-    theta = raw.get("rope_theta")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise CheckpointError(f"{where}: {key} must be an object or null, found {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UnsupportedError(
-                f"{where}: {key}: rope_type must be 'default', found {kind!r} "
-                "(longer contexts are not supported yet; set the key to null for the native one)"
-            )
-        if extra := sorted(set(rope) - {"rope_type", "type", "rope_theta"}):
-            raise UnsupportedError(f"{where}: {key}: unknown key(s) {', '.join(extra)}")
-        if "rope_theta" in rope:
-            theta = rope["rope_theta"]
-    theta = 10_000.0 if theta is None else theta  # the default of transformers' Qwen3Config
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta <= _LARGEST:
-        raise CheckpointError(f"{where}: rope_theta must be a positive number, found {theta!r}")
-    return float(theta)
+def _read_mixture(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a mixture of experts; defaults are those of transformers' Qwen3MoeConfig."""
+    raw = {"num_experts": raw.get("num_local_experts", 128)} | dict(raw)
+    defaults = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    found: dict[str, Any] = {}
+    for key, default in (defaults | {"decoder_sparse_step": 1}).items():
+        value = raw.get(key, default)
+        if type(value) is not int or value <= 0:
+            raise CheckpointError(f"{where}: {key} must be a positive integer, found {value!r}")
+        found[key] = value
+    if found["num_experts_per_tok"] > found["num_experts"]:
+        raise CheckpointError(
+            f"{where}: num_experts_per_tok {found['num_experts_per_tok']} is more than "
+            f"num_experts {found['num_experts']}"
+        )
+    norm = raw.get("norm_topk_prob", False)
+    if not isinstance(norm, bool):
+        raise CheckpointError(f"{where}: norm_topk_prob must be true or false, found {norm!r}")
+    layers = raw.get("mlp_only_layers") or []
+    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+        raise CheckpointError(f"{where}: mlp_only_layers must list layers, found {layers!r}")
+    return found | {"norm_topk_prob": norm, "mlp_only_layers": tuple(layers)}
