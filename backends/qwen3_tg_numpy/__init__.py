@@ -41,7 +41,7 @@ __all__ = [
 @dataclass(frozen=True)
 class Reference:
     """A loaded model. Ids are a sequence of ints; every method raises ValueError for none at all,
-    for ids outside the vocabulary and for more than config.max_position_embeddings of them."""
+    for ids outside the vocabulary and for more than config.max_positions of them."""
 
     config: ModelConfig
     model: Qwen3

@@ -1,8 +1,9 @@
-"""config.json of a dense Qwen3, as a frozen dataclass with config.json's own field names.
+"""config.json of a Qwen3, dense or a mixture of experts, as a frozen dataclass.
 
-transformers 4 writes `rope_theta`, `rope_scaling` and `torch_dtype`; transformers 5 writes
-`rope_parameters` and `dtype`. Both are read. Every key is either used, or listed below as one that
-cannot change the logits, or refused by name. Knows nothing of weights.
+Field names are config.json's own. transformers 4 writes `rope_theta`, `rope_scaling` and
+`torch_dtype`; transformers 5 writes `rope_parameters` and `dtype`. Both are read. Every key is
+either used, or listed below as one that cannot change the logits, or refused by name. Knows nothing
+of weights.
 """
 
 from __future__ import annotations
@@ -41,8 +42,23 @@ NO_EFFECT = """
     remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens
 """
-READ_APART = frozenset(  # by from_dict and _read_rope_theta
-    ("model_type", "architectures", "layer_types", "rope_parameters", "rope_scaling")
+READ_APART = frozenset(  # by from_dict and _read_rope
+    ("model_type", "architectures", "layer_types", "rope_parameters", "rope_scaling", "rope_theta")
+)
+SIZES = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings".split()
+)
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+YARN_KEYS = frozenset(
+    "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale "
+    "mscale_all_dim truncate".split()
+)
+# Keys of qwen3_moe alone. transformers 5 writes num_experts as num_local_experts. The last two are
+# for training.
+MIXTURE_KEYS = frozenset(
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob "
+    "decoder_sparse_step mlp_only_layers router_aux_loss_coef output_router_logits".split()
 )
 
 
@@ -51,8 +67,20 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """A rotation stretched for texts beyond the original length; see rope.frequencies."""
+
+    factor: float  # how much longer
+    original_max_position_embeddings: int
+    attention_factor: float  # for cosine and sine, so its square for scores
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """What fixes the computation. Lengths are tokens."""
+    """What fixes the computation. Lengths are tokens. num_experts 0 is a dense model."""
 
     vocab_size: int
     hidden_size: int
@@ -65,21 +93,43 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    yarn: Yarn | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    @property
+    def max_positions(self) -> int:
+        """max_position_embeddings, or what YaRN stretches the original length to, if that is more:
+        the released config.json says 40960, and users add a rope_scaling of 4 * 32768."""
+        if self.yarn is None:
+            return self.max_position_embeddings
+        stretched = self.yarn.factor * self.yarn.original_max_position_embeddings
+        return max(self.max_position_embeddings, int(stretched))
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts instead of one MLP."""
+        every = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and every and layer not in self.mlp_only_layers
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Read config.json's object. Raises CheckpointError that names the key for a model that is
         not computed here, an unknown key, and a missing or impossible value."""
         # 1. Is it this model at all?
-        if raw.get("model_type") != "qwen3":
-            found = raw.get("model_type")
+        model_type = raw.get("model_type")
+        if model_type not in ARCHITECTURES:
             raise CheckpointError(
-                f"{where}: model_type must be 'qwen3' (dense Qwen3), found {found!r}"
+                f"{where}: model_type must be {' or '.join(ARCHITECTURES)}, found {model_type!r}"
             )
-        if raw.get("architectures") not in (None, [], ["Qwen3ForCausalLM"]):
+        architecture = ARCHITECTURES[model_type]
+        if raw.get("architectures") not in (None, [], [architecture]):
             found = raw["architectures"]
             raise CheckpointError(
-                f"{where}: architectures must be ['Qwen3ForCausalLM'], found {found!r}"
+                f"{where}: architectures must be {[architecture]}, found {found!r}"
             )
         # 2. Does it ask for something that model.py does not do?
         for key, value in ONLY_VALUE.items():
@@ -89,44 +139,39 @@ class ModelConfig:
             raise CheckpointError(
                 f"{where}: layer_types must all be 'full_attention', found {raw['layer_types']!r}"
             )
-        known = (
-            READ_APART
-            | set(NO_EFFECT.split())
-            | set(ONLY_VALUE)
-            | set(ModelConfig.__dataclass_fields__)
-        )
+        known = READ_APART | SIZES | set(NO_EFFECT.split()) | set(ONLY_VALUE)
+        if model_type == "qwen3_moe":
+            known |= MIXTURE_KEYS
         if unknown := sorted(set(raw) - known):
             raise CheckpointError(
                 f"{where}: unknown {', '.join(unknown)}: this may change the result and is not "
-                "computed here; expected only keys of a dense Qwen3"
+                f"computed here; expected only keys of {model_type}"
             )
 
         # 3. The numbers. Where a key may be absent, the default is that of transformers.
-        def count(key: str, default: int | None = None) -> int:
-            value = raw.get(key, default)
-            if type(value) is not int or value < 1:
-                raise CheckpointError(f"{where}: {key} must be a positive integer, found {value!r}")
-            return value
-
-        tie = raw.get("tie_word_embeddings", False)
-        if type(tie) is not bool:
-            raise CheckpointError(
-                f"{where}: tie_word_embeddings must be true or false, found {tie!r}"
-            )
+        H = _count(raw, "num_attention_heads", where)
+        hidden_size = _count(raw, "hidden_size", where)
+        max_position_embeddings = _count(raw, "max_position_embeddings", where, 32768)
+        rope_theta, yarn = _read_rope(raw, max_position_embeddings, where)
         config = ModelConfig(
-            vocab_size=count("vocab_size"),
-            hidden_size=count("hidden_size"),
-            intermediate_size=count("intermediate_size"),
-            num_hidden_layers=count("num_hidden_layers"),
-            num_attention_heads=count("num_attention_heads"),
-            num_key_value_heads=count("num_key_value_heads"),
-            head_dim=count("head_dim", 128),  # not hidden_size / heads: Qwen3 chooses it freely
-            max_position_embeddings=count("max_position_embeddings", 32768),
+            vocab_size=_count(raw, "vocab_size", where),
+            hidden_size=hidden_size,
+            intermediate_size=_count(raw, "intermediate_size", where),
+            num_hidden_layers=_count(raw, "num_hidden_layers", where),
+            num_attention_heads=H,
+            num_key_value_heads=_count(raw, "num_key_value_heads", where),
+            # Chosen freely, not hidden_size / heads, but where a mixture does not say it
+            head_dim=_count(
+                raw, "head_dim", where, 128 if model_type == "qwen3" else hidden_size // H
+            ),
+            max_position_embeddings=max_position_embeddings,
             rms_norm_eps=_positive(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-            rope_theta=_read_rope_theta(raw, where),
-            tie_word_embeddings=tie,
+            rope_theta=rope_theta,
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
+            yarn=yarn,
+            **(_read_mixture(raw, where) if model_type == "qwen3_moe" else {}),
         )
-        H, K = config.num_attention_heads, config.num_key_value_heads
+        K = config.num_key_value_heads
         if H % K:
             raise CheckpointError(
                 f"{where}: num_attention_heads {H} must be a multiple of num_key_value_heads {K}"
@@ -150,9 +195,15 @@ class ModelConfig:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (Hd,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (Hd,)
             shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-            shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
-            shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
-            shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
+            mlps = {f"{layer}.mlp": F}
+            if self.is_mixture(i):
+                shapes[f"{layer}.mlp.gate.weight"] = (self.num_experts, D)
+                experts = range(self.num_experts)
+                mlps = {f"{layer}.mlp.experts.{e}": self.moe_intermediate_size for e in experts}
+            for mlp, inner in mlps.items():
+                shapes[f"{mlp}.gate_proj.weight"] = (inner, D)
+                shapes[f"{mlp}.up_proj.weight"] = (inner, D)
+                shapes[f"{mlp}.down_proj.weight"] = (D, inner)
         shapes["model.norm.weight"] = (D,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (V, D)
@@ -171,9 +222,12 @@ class ModelConfig:
             raise ValueError(
                 f"ids must be 0 to {self.vocab_size - 1} (vocab_size), found {wrong[0]}"
             )
-        if (end := start_pos + len(array)) > self.max_position_embeddings:
-            limit = self.max_position_embeddings
-            raise ValueError(f"{end} tokens do not fit: max_position_embeddings is {limit}")
+        if (end := start_pos + len(array)) > self.max_positions:
+            if self.yarn is None:
+                limit = f"max_position_embeddings is {self.max_position_embeddings}"
+            else:
+                limit = f"{self.max_positions} positions are the limit with YaRN"
+            raise ValueError(f"{end} tokens do not fit: {limit}")
         return array
 
 
@@ -202,23 +256,96 @@ def read_eos_token_ids(path: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_rope_theta(raw: Mapping[str, Any], where: str) -> float:
-    """The base of the rotary angles; any rotation but the plain one is refused. A base beside the
-    type wins over one at the top level, as in transformers."""
-    theta = raw.get("rope_theta", 10_000.0)  # the default of transformers, not of any Qwen3
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise CheckpointError(f"{where}: {key} must be an object or null, found {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"{where}: {key}: rope_type must be 'default', found {kind!r}")
-        if unknown := sorted(set(rope) - {"rope_type", "type", "rope_theta"}):
-            raise CheckpointError(f"{where}: {key}: unknown {', '.join(unknown)}")
-        theta = rope.get("rope_theta", theta)
-    return _positive(theta, "rope_theta", where)
+def _read_mixture(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """ModelConfig's fields of a mixture of experts, defaults as in transformers."""
+    key = "num_local_experts" if "num_local_experts" in raw else "num_experts"
+    num_experts = _count(raw, key, where, 128, least=0)
+    if raw.get("num_experts", num_experts) != num_experts:
+        raise CheckpointError(
+            f"{where}: num_experts must be num_local_experts {num_experts}, or not there, "
+            f"found {raw['num_experts']!r}"
+        )
+    per_token = _count(raw, "num_experts_per_tok", where, 8)
+    if 0 < num_experts < per_token:
+        raise CheckpointError(
+            f"{where}: num_experts_per_tok must be at most {key} {num_experts}, found {per_token}"
+        )
+    dense = raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+        raise CheckpointError(f"{where}: mlp_only_layers must list layers, found {dense!r}")
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": _count(raw, "moe_intermediate_size", where, 768),
+        "norm_topk_prob": _flag(raw, "norm_topk_prob", where),
+        "decoder_sparse_step": _count(raw, "decoder_sparse_step", where, 1),
+        "mlp_only_layers": tuple(dense),
+    }
+
+
+def _read_rope(
+    raw: Mapping[str, Any], max_position_embeddings: int, where: str
+) -> tuple[float, Yarn | None]:
+    """The base of the rotary angles, and how they are stretched; any rotation but the plain one and
+    YaRN is refused. As in transformers, a rope_scaling that is not empty takes the place of
+    rope_parameters, and a base beside the type wins over one at the top level."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(key) or {}
+    where_rope = f"{where}: {key}"
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where_rope} must be an object or null, found {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise CheckpointError(f"{where_rope}: rope_type must be default or yarn, found {kind!r}")
+    known = {"rope_type", "type", "rope_theta"} | (YARN_KEYS if kind == "yarn" else set())
+    if unknown := sorted(set(rope) - known):
+        raise CheckpointError(f"{where_rope}: unknown {', '.join(unknown)} of rope_type {kind!r}")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))  # not the base of any Qwen3
+    yarn = _read_yarn(rope, max_position_embeddings, where_rope) if kind == "yarn" else None
+    return _positive(theta, "rope_theta", where), yarn
+
+
+def _read_yarn(rope: Mapping[str, Any], max_position_embeddings: int, where: str) -> Yarn:
+    """YaRN's numbers. The attention factor, where it is not given, is 0.1 ln(factor) + 1 (section
+    3.4 of the paper, there the root of 1 / temperature), and with mscale and
+    mscale_all_dim the ratio of two such, as in transformers."""
+    given = {key: value for key, value in rope.items() if value is not None}
+    length = _count(given, "original_max_position_embeddings", where, max_position_embeddings)
+    if "factor" not in rope:
+        raise CheckpointError(f"{where}: factor must be a number, found none")
+    factor = _positive(given.get("factor", max_position_embeddings / length), "factor", where)
+    if factor < 1:
+        raise CheckpointError(f"{where}: factor must be at least 1, found {factor}")
+    attention_factor = 0.1 * math.log(factor) + 1
+    if "mscale" in given and "mscale_all_dim" in given:
+        a, b = (_positive(given[key], key, where) for key in ("mscale", "mscale_all_dim"))
+        attention_factor = (0.1 * a * math.log(factor) + 1) / (0.1 * b * math.log(factor) + 1)
+    attention_factor = given.get("attention_factor", attention_factor)
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=length,
+        attention_factor=_positive(attention_factor, "attention_factor", where),
+        beta_fast=_positive(given.get("beta_fast", 32), "beta_fast", where),
+        beta_slow=_positive(given.get("beta_slow", 1), "beta_slow", where),
+        truncate=_flag(rope, "truncate", where, True),
+    )
+
+
+def _count(
+    raw: Mapping[str, Any], key: str, where: str, default: int | None = None, least: int = 1
+) -> int:
+    value = raw.get(key, default)
+    if type(value) is not int or value < least:
+        kind = "a positive integer" if least else "an integer from 0"
+        raise CheckpointError(f"{where}: {key} must be {kind}, found {value!r}")
+    return value
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+    value = raw.get(key, default)
+    if type(value) is not bool:
+        raise CheckpointError(f"{where}: {key} must be true or false, found {value!r}")
+    return value
 
 
 def _positive(value: Any, key: str, where: str) -> float:

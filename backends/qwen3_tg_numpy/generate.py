@@ -21,12 +21,12 @@ def generate_ids(
     """The tokens that follow `ids`, as they are made. ids: (S,) -> up to max_new_tokens ids
 
     Ends after max_new_tokens, before the first token that is in stop_ids (which is not given), or
-    when prompt and new tokens fill max_position_embeddings. Raises ValueError at the call, not at
+    when prompt and new tokens fill config.max_positions. Raises ValueError at the call, not at
     the first token."""
     prompt = model.config.check_ids(ids, start_pos=0)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, found {max_new_tokens}")
-    room = model.config.max_position_embeddings - len(prompt)
+    room = model.config.max_positions - len(prompt)
     return _generate(model, prompt, min(max_new_tokens, room), sampling, frozenset(stop_ids))
 
 

@@ -2,11 +2,12 @@
 
 Names are those of the checkpoint: `self.layers[3].self_attn.q_proj` holds the tensor called
 model.layers.3.self_attn.q_proj.weight. Axes: S new positions, T all positions so far, H query
-heads, K key/value heads, Hd head size, D hidden, F intermediate, V vocabulary. There is no batch
-axis: one sequence at a time. `start_pos` is the position of the first new token.
+heads, K key/value heads, Hd head size, D hidden, F intermediate, E experts, V vocabulary. There is
+no batch axis: one sequence at a time. `start_pos` is the position of the first new token.
 
-Everything is float32. What it computes is transformers' Qwen3ForCausalLM with eager attention; it
-is written from the formulae, and the same model on tinygrad is qwen3_tg/model.py.
+Everything is float32. What it computes is transformers' Qwen3ForCausalLM, or Qwen3MoeForCausalLM,
+with eager attention; it is written from the formulae, and the same model on tinygrad is
+qwen3_tg/model.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from qwen3_tg_numpy.checkpoint import to_float32
 from qwen3_tg_numpy.config import ModelConfig
+from qwen3_tg_numpy.rope import apply_rope, rope_table
 
 Array = np.ndarray  # float32, but for ids
 Weights = Mapping[str, Array]  # as stored: checkpoint.to_float32 decodes
@@ -26,7 +28,9 @@ after `layers.{i}.`: input_layernorm (S, D), self_attn.q_proj (S, H*Hd), .k_proj
 .q_norm (S, H, Hd), .k_norm (S, K, Hd), .q_rope, .k_rope likewise, .scores (H, S, T) scaled and
 before the mask, .probs (H, S, T), .mix (S, H*Hd) the input of .o_proj (S, D),
 post_attention_layernorm (S, D), mlp.gate_proj .up_proj .act (S, F), act being silu(gate) * up,
-mlp.down_proj (S, D); `layers.{i}` (S, D), the block's output; norm (S, D); lm_head (S, V)."""
+mlp.down_proj (S, D), or in a mixture of experts mlp.gate (S, E) the router's logits, .topk_ids
+(S, k) the chosen experts, most likely first, .topk_weights (S, k), .experts (S, D) their weighted
+sum; `layers.{i}` (S, D), the block's output; norm (S, D); lm_head (S, V)."""
 
 
 def no_trace(name: str, value: Array) -> None:
@@ -59,27 +63,6 @@ class RMSNorm:
         mean_square = np.mean(x * x, axis=-1, keepdims=True)
         scaled: Array = x / np.sqrt(mean_square + self.eps) * self.weight
         return scaled
-
-
-def rope_table(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """Cosine and sine of the angle position * rope_theta ** (-2i / Hd) for each pair i of a head
-    (Su et al. 2021, arXiv:2104.09864, section 3.4.2). positions: (S,) -> 2 x (S, 1, Hd)
-
-    Frequencies and angles are rounded to float32, as in transformers. Near position 40,000 that
-    moves an angle by thousandths, and by as much between two libraries' powers."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    inv_freq = np.float32(1) / np.float32(config.rope_theta) ** exponent  # (Hd/2,)
-    angle = positions.astype(np.float32)[:, None] * inv_freq  # (S, Hd/2)
-    angle = np.concatenate([angle, angle], axis=-1)[:, None, :]  # (S, 1, Hd)
-    return np.cos(angle), np.sin(angle)
-
-
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs (x[i], x[i + Hd/2]) of every head: split-half, as Hugging Face stores Qwen3;
-    the paper's pairs are neighbours. x: (S, heads, Hd) -> (S, heads, Hd)"""
-    first, second = np.split(x, 2, axis=-1)
-    turned: Array = x * cos + np.concatenate([-second, first], axis=-1) * sin
-    return turned
 
 
 def softmax(x: Array) -> Array:
@@ -184,17 +167,53 @@ class MLP:
         return out
 
 
-class Block:
-    """One decoder layer: attention, then MLP, each on a normalised copy and added to the stream."""
+class MoE:
+    """Mixture of experts: E MLPs of which each token passes through a few, its own choice (Shazeer
+    et al. 2017, arXiv:1701.06538; the softmax before the choice as in Qwen3). x: (S, D) -> (S, D)
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, name: str):
-        self.name, eps = name, config.rms_norm_eps
+        self.name, self.config = name, config
+        self.gate = Linear(weights[f"model.{name}.gate.weight"])  # the router
+        self.experts = [MLP(weights, f"{name}.experts.{e}") for e in range(config.num_experts)]
+
+    def __call__(self, x: Array, trace: Trace) -> Array:
+        k = self.config.num_experts_per_tok
+        # 1. A probability for each expert, and the k most likely; the lower expert first on a tie.
+        logits = self.gate(x)  # (S, E)
+        probs = softmax(logits)
+        topk_ids = np.argsort(-probs, axis=-1, kind="stable")[:, :k]
+        topk_weights = np.take_along_axis(probs, topk_ids, axis=-1)
+        if self.config.norm_topk_prob:
+            topk_weights = topk_weights / topk_weights.sum(axis=-1, keepdims=True)
+        # 2. Each expert on the tokens that chose it, added up by weight.
+        out = np.zeros_like(x)
+        for e in np.unique(topk_ids):
+            token, rank = np.nonzero(topk_ids == e)
+            out[token] += self.experts[e](x[token], no_trace) * topk_weights[token, rank, None]
+        steps = {"gate": logits, "topk_ids": topk_ids, "topk_weights": topk_weights, "experts": out}
+        for step, value in steps.items():
+            trace(f"{self.name}.{step}", value)
+        return out
+
+
+class Block:
+    """One decoder layer: attention, then MLP or MoE, each on a normalised copy and added to the
+    stream."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int):
+        self.name, eps = f"layers.{layer}", config.rms_norm_eps
+        name = self.name
         self.input_layernorm = RMSNorm(weights[f"model.{name}.input_layernorm.weight"], eps)
         self.self_attn = Attention(config, weights, f"{name}.self_attn")
         self.post_attention_layernorm = RMSNorm(
             weights[f"model.{name}.post_attention_layernorm.weight"], eps
         )
-        self.mlp = MLP(weights, f"{name}.mlp")
+        self.mlp: MLP | MoE
+        if config.is_mixture(layer):
+            self.mlp = MoE(config, weights, f"{name}.mlp")
+        else:
+            self.mlp = MLP(weights, f"{name}.mlp")
 
     def __call__(self, x: Array, cache: LayerCache, start_pos: int, trace: Trace) -> Array:
         """x: (S, D) -> (S, D)"""
@@ -214,8 +233,7 @@ class Qwen3:
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config = config
         self.embed_tokens = weights["model.embed_tokens.weight"]  # (V, D)
-        names = [f"layers.{i}" for i in range(config.num_hidden_layers)]
-        self.layers = [Block(config, weights, name) for name in names]
+        self.layers = [Block(config, weights, i) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = Linear(self.embed_tokens if tied else weights["lm_head.weight"])

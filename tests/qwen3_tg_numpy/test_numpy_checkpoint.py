@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import qwen3_tg_numpy
 from qwen3_tg_numpy.checkpoint import read_safetensors, to_float32
-from qwen3_tg_numpy.config import CheckpointError, ModelConfig
+from qwen3_tg_numpy.config import CheckpointError, ModelConfig, Yarn
 from safetensors.numpy import load_file, save_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -45,6 +45,29 @@ RELEASED = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
+# config.json of Qwen3-30B-A3B, as released
+RELEASED_MOE = RELEASED | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+# what Qwen's model cards say to add for long texts
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
 @pytest.fixture
@@ -100,7 +123,7 @@ def test_transformers_5_keys_mean_the_same_as_transformers_4_keys():
     ("changes", "named"),
     [
         ({"model_type": "qwen2"}, "model_type.*qwen2"),
-        ({"model_type": "qwen3_moe"}, "model_type.*qwen3_moe"),
+        ({"model_type": "qwen3_moe"}, "architectures.*Qwen3MoeForCausalLM.*found.*Qwen3For"),
         ({"model_type": None}, "model_type.*None"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures.*Sequence"),
         ({"attention_bias": True}, "attention_bias.*True"),
@@ -108,7 +131,13 @@ def test_transformers_5_keys_mean_the_same_as_transformers_4_keys():
         ({"use_sliding_window": True}, "use_sliding_window.*True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.*awq"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.*yarn"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor .*none"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling: factor .*0.5"),
+        ({"rope_scaling": YARN | {"beta_fast": "32"}}, "rope_scaling: beta_fast .*'32'"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "rope_scaling: truncate .*1"),
+        ({"rope_scaling": YARN | {"attention_factor": -1.0}}, "attention_factor .*-1.0"),
+        ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling: unknown finetuned"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 1.5}}, "original_max.*1.5"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.*llama3"),
         ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_parameters.*factor"),
@@ -140,6 +169,122 @@ def test_a_size_that_is_not_there_is_missed_by_name(key):
 def test_a_rope_theta_beside_the_type_wins_as_in_transformers():
     rope = {"rope_type": "default", "rope_theta": 5e6}
     assert ModelConfig.from_dict(RELEASED | {"rope_parameters": rope}).rope_theta == 5e6
+
+
+def test_the_released_mixture_reads_as_it_says():
+    config = ModelConfig.from_dict(RELEASED_MOE)
+    assert (config.num_experts, config.num_experts_per_tok) == (128, 8)
+    assert (config.moe_intermediate_size, config.norm_topk_prob) == (768, True)
+    assert all(config.is_mixture(layer) for layer in range(48))
+    parameters = sum(np.prod(shape) for shape in config.weight_shapes().values())
+    assert parameters == 30_532_122_624
+
+
+def test_transformers_5_calls_the_experts_local():
+    new = {k: v for k, v in RELEASED_MOE.items() if k != "num_experts"}
+    config = ModelConfig.from_dict(new | {"num_local_experts": 128})
+    assert config == ModelConfig.from_dict(RELEASED_MOE)
+    with pytest.raises(CheckpointError, match=r"num_experts must be num_local_experts 64.*128"):
+        ModelConfig.from_dict(RELEASED_MOE | {"num_local_experts": 64})
+
+
+def test_what_a_mixture_does_not_say_is_as_in_transformers():
+    optional = "head_dim num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob "
+    optional += "decoder_sparse_step mlp_only_layers router_aux_loss_coef output_router_logits"
+    config = ModelConfig.from_dict(
+        {k: v for k, v in RELEASED_MOE.items() if k not in optional.split()}
+    )
+    assert config.head_dim == 2048 // 32  # but 128 in a dense model
+    assert (config.num_experts, config.num_experts_per_tok) == (128, 8)
+    assert (config.moe_intermediate_size, config.norm_topk_prob) == (768, False)
+    assert (config.decoder_sparse_step, config.mlp_only_layers) == (1, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "mixtures"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"decoder_sparse_step": 2}, [1, 3]),
+        ({"decoder_sparse_step": 3}, [2]),
+        ({"mlp_only_layers": [0, 3]}, [1, 2, 4]),
+        ({"mlp_only_layers": None}, [0, 1, 2, 3, 4]),
+        ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, [3]),
+        ({"num_experts": 0}, []),
+    ],
+)
+def test_a_layer_is_a_mixture_when_its_number_says_so(changes, mixtures):
+    config = ModelConfig.from_dict(RELEASED_MOE | {"num_hidden_layers": 5} | changes)
+    assert [layer for layer in range(5) if config.is_mixture(layer)] == mixtures
+    shapes = config.weight_shapes()
+    for layer in range(5):
+        name = f"model.layers.{layer}.mlp"
+        assert (f"{name}.gate.weight" in shapes) == (layer in mixtures)
+        assert shapes.get(f"{name}.up_proj.weight") == (None if layer in mixtures else (6144, 2048))
+        expert = shapes.get(f"{name}.experts.127.down_proj.weight")
+        assert expert == ((2048, 768) if layer in mixtures else None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_experts": -1}, "num_experts.*-1"),
+        ({"num_experts": 4}, "num_experts_per_tok must be at most num_experts 4, found 8"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok.*0"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size.*None"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob.*yes"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step.*0"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers.*3"),
+        ({"shared_expert_intermediate_size": 768}, "unknown shared_expert_intermediate_size"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "architectures"),
+    ],
+)
+def test_a_mixture_that_is_not_computed_is_refused_by_name(changes, named):
+    with pytest.raises(CheckpointError, match=f"^here: .*{named}"):
+        ModelConfig.from_dict(RELEASED_MOE | changes, where="here")
+
+
+def test_yarn_takes_what_is_not_said_from_the_paper():
+    config = ModelConfig.from_dict(RELEASED | {"rope_scaling": YARN})
+    assert config.yarn == Yarn(
+        factor=4.0,
+        original_max_position_embeddings=32768,
+        attention_factor=0.1 * np.log(4) + 1,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=True,
+    )
+    assert config.rope_theta == 1e6
+    older = {"type" if k == "rope_type" else k: v for k, v in YARN.items()}
+    assert ModelConfig.from_dict(RELEASED | {"rope_scaling": older}) == config
+    newer = {k: v for k, v in RELEASED.items() if k not in ("rope_theta", "rope_scaling")}
+    newer["rope_parameters"] = YARN | {"rope_theta": 1000000, "beta_fast": None}
+    assert ModelConfig.from_dict(newer) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"attention_factor": 1.25}, 1.25),
+        ({"mscale": 0.5, "mscale_all_dim": 2.0}, (1 + 0.05 * np.log(4)) / (1 + 0.2 * np.log(4))),
+        ({"mscale": 0.5}, 1 + 0.1 * np.log(4)),
+        ({"factor": 1.0}, 1.0),
+        ({"factor": None}, 1 + 0.1 * np.log(40960 / 32768)),
+        ({"factor": None, "original_max_position_embeddings": None}, 1.0),
+    ],
+)
+def test_the_attention_factor_of_yarn_by_hand(changes, expected):
+    yarn = ModelConfig.from_dict(RELEASED | {"rope_scaling": YARN | changes}).yarn
+    assert yarn.attention_factor == pytest.approx(expected, rel=1e-12)
+
+
+def test_yarn_makes_room_for_the_stretched_length_and_for_no_less_than_before():
+    def limit(**changes: object) -> int:
+        return ModelConfig.from_dict(RELEASED | {"rope_scaling": YARN | changes}).max_positions
+
+    assert ModelConfig.from_dict(RELEASED).max_positions == 40960
+    assert limit() == 131072
+    assert limit(factor=1.0) == 40960
+    assert limit(factor=2.5, original_max_position_embeddings=32767) == 81917
 
 
 def test_config_json_that_is_no_object_is_named(folder):

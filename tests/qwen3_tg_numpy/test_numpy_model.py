@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import qwen3_tg_numpy
-from qwen3_tg_numpy import KVCache, ModelConfig, Reference, model
+from qwen3_tg_numpy import KVCache, ModelConfig, Reference, model, rope
+from qwen3_tg_numpy.config import Yarn
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -20,12 +21,13 @@ CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 GOLDEN_TOLERANCE = 1e-4
 SPLIT_TOLERANCE = 5e-5
 
-LAYER_STEPS = (
+MLP_STEPS = "mlp.gate_proj mlp.up_proj mlp.act mlp.down_proj".split()
+MOE_STEPS = "mlp.gate mlp.topk_ids mlp.topk_weights mlp.experts".split()
+ATTENTION_STEPS = (
     "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_norm "
     "self_attn.k_norm self_attn.q_rope self_attn.k_rope self_attn.scores self_attn.probs "
-    "self_attn.mix self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.act "
-    "mlp.down_proj"
-)
+    "self_attn.mix self_attn.o_proj post_attention_layernorm"
+).split()
 
 
 def load(case: str) -> tuple[Reference, dict[str, np.ndarray]]:
@@ -154,6 +156,80 @@ def test_mlp_is_down_of_silu_of_gate_times_up():
     assert found[0, 0] == pytest.approx(2 / (1 + np.exp(-2)) * 6, abs=1e-5)
 
 
+def mixture(norm_topk_prob: bool, router: list[list[float]]) -> model.MoE:
+    """Three experts on one number; expert e gives silu(x) * x * 10 ** e. Each token takes two."""
+    config = dataclasses.replace(
+        tiny_config(),
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=1,
+        norm_topk_prob=norm_topk_prob,
+    )
+    weights = {"model.mlp.gate.weight": np.array(router, np.float32)}
+    for e in range(3):
+        for name, value in {"gate_proj": 1, "up_proj": 1, "down_proj": 10**e}.items():
+            weights[f"model.mlp.experts.{e}.{name}.weight"] = np.array([[value]], np.float32)
+    return model.MoE(config, weights, "mlp")
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_a_mixture_adds_up_its_most_likely_experts(norm_topk_prob):
+    seen: dict[str, np.ndarray] = {}
+    x = np.array([[2.0], [-2.0]], np.float32)
+    layer = mixture(norm_topk_prob, [[0.0], [1.0], [2.0]])
+    found = layer(x, seen.__setitem__)
+    # logits 0, 2, 4 and 0, -2, -4
+    p = np.exp([4.0, 2.0]) / np.exp([0.0, 2.0, 4.0]).sum()
+    q = np.exp([0.0, -2.0]) / np.exp([0.0, -2.0, -4.0]).sum()
+    if norm_topk_prob:
+        p, q = p / p.sum(), q / q.sum()
+    assert seen["mlp.topk_ids"].tolist() == [[2, 1], [0, 1]]
+    assert_close(seen["mlp.topk_weights"], np.array([p, q]), 1e-6, "weights")
+    a, b = (v / (1 + np.exp(-v)) * v for v in (2.0, -2.0))
+    expected = np.array([[a * (100 * p[0] + 10 * p[1])], [b * (q[0] + 10 * q[1])]])
+    assert_close(found, expected, 1e-4, "mixture")
+
+
+def test_the_lower_expert_comes_first_on_a_tie():
+    seen: dict[str, np.ndarray] = {}
+    mixture(True, [[1.0], [1.0], [1.0]])(np.array([[1.0]], np.float32), seen.__setitem__)
+    assert seen["mlp.topk_ids"].tolist() == [[0, 1]]
+    assert seen["mlp.topk_weights"].tolist() == [[0.5, 0.5]]
+
+
+def yarn_config(**changes: object) -> ModelConfig:
+    """Pairs at frequencies 10 ** -i, i = 0..7, and an original length of 2000 pi: pair i turns
+    1000 * 10 ** -i times within it."""
+    numbers = {"factor": 4.0, "attention_factor": 1.5, "beta_fast": 100.0, "beta_slow": 0.1}
+    yarn = Yarn(original_max_position_embeddings=round(2000 * np.pi), **numbers | changes)
+    return dataclasses.replace(tiny_config(Hd=16), rope_theta=1e8, yarn=yarn)
+
+
+def test_yarn_keeps_fast_pairs_stretches_slow_ones_and_goes_from_one_to_the_other_between():
+    found, factor = rope.frequencies(yarn_config(truncate=False))
+    ramp = np.array([0, 0, 1 / 3, 2 / 3, 1, 1, 1, 1])  # from pair 1 (100 turns) to 4 (a tenth)
+    expected = 10.0 ** -np.arange(8) * (1 - ramp + ramp / 4)
+    assert np.abs(found / expected - 1).max() < 1e-4  # the length is a whole number
+    assert factor == 1.5
+
+
+def test_yarn_rounds_the_ends_of_its_ramp_outwards():
+    found, _ = rope.frequencies(yarn_config(beta_fast=50.0, beta_slow=0.2))  # pairs 1.3 to 3.7
+    expected, _ = rope.frequencies(yarn_config(truncate=False))
+    assert np.abs(found / expected - 1).max() < 1e-4
+
+
+def test_yarn_multiplies_cosine_and_sine_by_its_attention_factor():
+    plain = yarn_config(factor=1.0, attention_factor=1.0)
+    positions = np.arange(5)
+    for found, expected in zip(
+        model.rope_table(yarn_config(factor=1.0), positions),
+        model.rope_table(plain, positions),
+        strict=True,
+    ):
+        assert_close(found, expected * np.float32(1.5), 1e-6, "table")
+
+
 def test_a_matrix_taller_than_one_decoded_part_gives_the_same_product(monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 4)).astype(np.float32)
@@ -171,7 +247,7 @@ def test_the_golden_cases_cover_what_differs_between_checkpoints():
     raws = [json.loads((GOLDEN / case / "config.json").read_text()) for case in CASES]
     heads = [(c.num_attention_heads, c.num_key_value_heads, c.head_dim) for c in configs]
     assert {c.tie_word_embeddings for c in configs} == {True, False}
-    assert {c.rope_theta for c in configs} == {1e6, 5e6}
+    assert {c.rope_theta for c in configs} >= {1e6, 5e6}
     assert {H == K for H, K, _ in heads} == {True, False}
     assert {h[0] * h[2] == c.hidden_size for h, c in zip(heads, configs, strict=True)} == {
         True,
@@ -201,23 +277,29 @@ def test_hidden_states_of_every_layer_are_those_of_transformers(case):
         assert_close(trace[name], golden[name], GOLDEN_TOLERANCE, f"{case}: {name}")
 
 
-def test_every_intermediate_is_that_of_transformers():
-    folder = GOLDEN / "untied_bfloat16"
+@pytest.mark.parametrize("case", [case for case in CASES if (GOLDEN / case / "trace.npz").exists()])
+def test_every_intermediate_is_that_of_transformers(case):
+    folder = GOLDEN / case
     with np.load(folder / "trace.npz") as golden, np.load(folder / "golden.npz") as whole:
         length = len(golden["embed_tokens"])
         trace = qwen3_tg_numpy.load(folder).trace(whole["ids"][:length])
         assert set(golden) == set(trace)
         for name in trace:
-            assert_close(trace[name], golden[name], GOLDEN_TOLERANCE, name)
+            if name.endswith(".topk_ids"):
+                assert np.array_equal(trace[name], golden[name]), name
+            else:
+                assert_close(trace[name], golden[name], GOLDEN_TOLERANCE, name)
 
 
-def test_the_trace_names_every_step_once_in_order():
-    reference, golden = load("tied_float32")
+@pytest.mark.parametrize("case", CASES)
+def test_the_trace_names_every_step_once_in_order(case):
+    reference, golden = load(case)
     names: list[str] = []
     reference.model.forward(golden["ids"][:3], trace=lambda name, value: names.append(name))
     expected = ["embed_tokens"]
     for i in range(reference.config.num_hidden_layers):
-        expected += [f"layers.{i}.{step}" for step in LAYER_STEPS.split()] + [f"layers.{i}"]
+        steps = ATTENTION_STEPS + (MOE_STEPS if reference.config.is_mixture(i) else MLP_STEPS)
+        expected += [f"layers.{i}.{step}" for step in steps] + [f"layers.{i}"]
     assert names == [*expected, "norm", "lm_head"]
     assert list(reference.trace(golden["ids"][:3])) == names
 
@@ -230,7 +312,8 @@ def swap_qk_norms(reference: Reference) -> None:
 
 def swap_gate_and_up(reference: Reference) -> None:
     for layer in reference.model.layers:
-        layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
+        for mlp in getattr(layer.mlp, "experts", [layer.mlp]):
+            mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
 
 
 def swap_layer_norms(reference: Reference) -> None:
@@ -240,7 +323,7 @@ def swap_layer_norms(reference: Reference) -> None:
 
 
 def exchange_rope_theta(reference: Reference) -> None:
-    other = {1e6: 5e6, 5e6: 1e6}[reference.config.rope_theta]
+    other = reference.config.rope_theta * 5
     for layer in reference.model.layers:
         layer.self_attn.config = dataclasses.replace(reference.config, rope_theta=other)
 
