@@ -86,7 +86,7 @@ def random_model(
         w[f"{name}.weight"] = rng.normal(0, gain * inputs**-0.5, (outputs, inputs))
         if name.startswith("model.layers"):
             first = w[f"{name}.weight"][:2, :128]
-            first[:] = np.abs(first) * [[-1], [1]]
+            first[:] = (np.abs(first) + 0.4 * inputs**-0.5) * [[-1], [1]]
 
     def norm(name: str, size: int, gain: float = 1.0) -> None:
         sign = np.where(rng.random(size) < 0.15, -1, 1)

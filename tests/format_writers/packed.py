@@ -121,7 +121,7 @@ def write_gptq(
         order = rng.permutation(W.shape[1]) if act_order else np.arange(W.shape[1])
         g_idx = np.empty(W.shape[1], dtype=np.int32)
         g_idx[order] = np.arange(W.shape[1]) // size
-        q, z, scale = _quantise_gptq(W, g_idx, settings["bits"], settings["sym"], dtype)
+        q, z, scale = _quantise_gptq(W, g_idx, settings["bits"], settings["sym"], v2, dtype)
         oracle[name] = (q - z[:, g_idx]).astype(np.float32) * scale[:, g_idx]
         b = settings["bits"]
         # v1 stores the zero point minus one
@@ -165,10 +165,12 @@ def _dynamic_settings(
 
 
 def _quantise_gptq(
-    W: np.ndarray, g_idx: np.ndarray, bits: int, sym: bool, dtype: str
+    W: np.ndarray, g_idx: np.ndarray, bits: int, sym: bool, v2: bool, dtype: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q (O, I), z (O, G) and scale (O, G). z is from 1 to 2**bits, what v1 can store."""
+    """q (O, I), z (O, G) and scale (O, G). z has the range that can be stored: v1 stores it less
+    one."""
     top = 2**bits - 1
+    first = 0 if v2 else 1
     groups = [W[:, g_idx == g] for g in range(g_idx.max() + 1)]
     low = np.stack([group.min(1) for group in groups], axis=1)  # (O, G)
     high = np.stack([group.max(1) for group in groups], axis=1)
@@ -177,7 +179,7 @@ def _quantise_gptq(
         z = np.full(scale.shape, 2 ** (bits - 1), dtype=np.int64)
     else:
         scale = rounded((high - low) / top, dtype)
-        z = np.clip(np.round(-low / scale), 1, 2**bits).astype(np.int64)
+        z = np.clip(np.round(-low / scale), first, first + top).astype(np.int64)
     q = np.clip(np.round(W / scale[:, g_idx]) + z[:, g_idx], 0, top).astype(np.int64)
     return q, z, scale
 
@@ -201,7 +203,7 @@ def write_fp8(
         if not is_linear(name) or module in skip:
             stored[name], oracle[name] = W.astype(DTYPES[dtype]), rounded(W, dtype)
             continue
-        O, I = W.shape  # noqa: E741
+        O, I = W.shape
         rows, columns = np.arange(O) // block_size, np.arange(I) // block_size
         largest = np.zeros((rows[-1] + 1, columns[-1] + 1), dtype=np.float32)
         np.maximum.at(largest, (rows[:, None], columns[None]), np.abs(W))
