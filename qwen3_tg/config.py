@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwen3_tg.errors import CheckpointError, UnsupportedError
-from qwen3_tg.yarn import Yarn, read_rope
+from qwen3_tg.yarn import Yarn, for_context, read_rope
 
 _LARGEST = sys.float_info.max  # JSON holds integers beyond it, and Infinity
 # Keys that do not change the logits of a Qwen3 text model.
@@ -152,6 +152,12 @@ class ModelConfig:
             raise CheckpointError(f"{where}: head_dim must be even, found {config.head_dim}")
         return config
 
+    def with_context(self, context: int | None) -> tuple[ModelConfig, int, str]:
+        """For a wished context, or None: the configuration with the YaRN it needs, the context,
+        and a remark for the user ("" for none). Raises UsageError with the reason."""
+        found, yarn, remark = for_context(self.max_position_embeddings, self.yarn, context)
+        return replace(self, yarn=yarn), found, remark
+
     def is_mixture(self, layer: int) -> bool:
         """Whether a layer has experts in place of its MLP."""
         return (
@@ -178,6 +184,7 @@ class ModelConfig:
                 "self_attn.k_norm": (Hd,),
                 "post_attention_layernorm": (D,),
             }
+            experts: tuple[int, ...]
             if self.is_mixture(i):
                 F, mlp, experts = self.moe_intermediate_size, "mlp.experts", (E,)
                 layer["mlp.gate"] = (E, D)

@@ -40,11 +40,13 @@ _MISSING = {
 
 @dataclass(frozen=True)
 class Policy:
-    """How the model runs on a device: `dtype` is what activations are computed in, `native` the
-    stored formats that the device takes as they are, `prefill_chunk` in positions."""
+    """How the model runs on a device: `dtype` is what activations are computed in, `kv_dtype` what
+    keys and values are kept in, `native` the float formats that the device computes with,
+    `prefill_chunk` in positions."""
 
     device: str
     dtype: str
+    kv_dtype: str
     native: frozenset[str]
     prefill_chunk: int
     reason: str
@@ -60,24 +62,30 @@ class DeviceReport:
     problem: str | None
 
 
-def choose(device: str | None = None, dtype: str | None = None) -> Policy:
+def choose(
+    device: str | None = None, dtype: str | None = None, kv_dtype: str | None = None
+) -> Policy:
     """Open the device asked for, or else DEV's, or else the first that works in tinygrad's order.
 
     Raises DeviceError with what is missing, UsageError for a name or dtype that does not exist."""
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise UsageError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, found {dtype!r}")
+    for what, asked in (("dtype", dtype), ("kv_dtype", kv_dtype)):
+        if asked is not None and asked not in DTYPE_NAMES:
+            raise UsageError(f"{what} must be one of {', '.join(DTYPE_NAMES)}, found {asked!r}")
     name, reason = _pick(device)
     if _family(name) == "CPU":
         _be_patient(name)
     native = _native_formats(name)
-    if dtype is not None and dtype not in native:
-        raise DeviceError(
-            f"{name} does not compute in {dtype}; it does {', '.join(sorted(native))}: "
-            "leave the dtype away or choose one of these"
-        )
+    for asked in (dtype, kv_dtype):
+        if asked is not None and asked not in native:
+            raise DeviceError(
+                f"{name} does not compute in {asked}; it does {', '.join(sorted(native))}: "
+                "leave the dtype away or choose one of these"
+            )
+    dtype = dtype or _best_dtype(name, native)
     return Policy(
         device=name,
-        dtype=dtype or _best_dtype(name, native),
+        dtype=dtype,
+        kv_dtype=kv_dtype or dtype,
         native=native,
         prefill_chunk=_PREFILL_CHUNK.get(_family(name), _PREFILL_CHUNK_ELSEWHERE),
         reason=reason,

@@ -19,6 +19,7 @@ from numbers import Integral
 import numpy as np
 from tinygrad import Tensor, TinyJit, UOp
 
+from qwen3_tg.device import Policy
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KVCache
@@ -35,15 +36,14 @@ class Engine:
     """A model on a device with its cache. Asked for the logits after a sequence of ids, it computes
     only what the cache does not hold yet, so callers never speak of positions.
 
-    `context` is the most positions it takes; `chunk` how many a prefill step computes."""
+    `context` is the most positions it takes."""
 
-    def __init__(
-        self, model: Qwen3, device: str, dtype: str, context: int, chunk: int, kernels: KernelCache
-    ):
+    def __init__(self, model: Qwen3, policy: Policy, context: int, kernels: KernelCache):
         self.model, self.context = model, context
-        self._device, self._chunk, self._kernels = device, chunk, kernels
+        self._device, self._chunk, self._kernels = policy.device, policy.prefill_chunk, kernels
         # The last chunk of a full context reaches past its end with padding.
-        self._cache = KVCache(model.config, context + chunk, DTYPES[dtype], device)
+        limit = context + policy.prefill_chunk
+        self._cache = KVCache(model.config, limit, DTYPES[policy.kv_dtype], policy.device)
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
         self._graphs: dict[str, Graph] = {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -46,22 +47,24 @@ def load(
     dtype: str | None = None,
     context: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    kv_dtype: str | None = None,
 ) -> LLM:
-    """Load a model: "tiny" (the embedded one), a Hugging Face directory, or a name in the hub's
-    cache.
+    """Load a model: "tiny" (the embedded one), a Hugging Face directory, a GGUF file, or a name in
+    the hub's cache.
 
     `dtype` is what it computes in: "float32", "float16" or "bfloat16"; by default the best the
-    device does well. `context` is the most tokens of prompt and answer together; by default what
-    the checkpoint was made for. `on_progress` is called with bytes of weights done and all of them.
+    device does well; `kv_dtype` what the cache of keys and values is kept in, by default the same.
+    `context` is the most tokens of prompt and answer together; by default what the checkpoint was
+    made for. Beyond that YaRN is switched on with the factor it takes. `on_progress` is called with
+    bytes of weights done and all of them.
 
     Sets the environment variables CC, CACHEDB and PARALLEL of this process where tinygrad needs
     it. Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
     checkpoint = open_checkpoint(str(model))
-    longest = checkpoint.config.max_position_embeddings
-    if context is not None and context not in range(1, longest + 1):
-        raise UsageError(f"context must be from 1 to {longest} for this model, found {context}")
-    policy = devices.choose(device, dtype)
-    return LLM(checkpoint, policy, context or longest, on_progress)
+    config, context, remark = checkpoint.config.with_context(context)
+    notes = (*checkpoint.notes, remark) if remark else checkpoint.notes
+    policy = devices.choose(device, dtype, kv_dtype)
+    return LLM(replace(checkpoint, config=config, notes=notes), policy, context, on_progress)
 
 
 class LLM:
@@ -77,10 +80,10 @@ class LLM:
     ):
         self.checkpoint, self.policy, self.context = checkpoint, policy, context
         self.config: ModelConfig = checkpoint.config
-        self.tokenizer = Tokenizer(file) if (file := checkpoint.tokenizer_file) else None
+        self.tokenizer = Tokenizer(file) if (file := checkpoint.tokenizer) else None
         if self.tokenizer and self.tokenizer.size > self.config.vocab_size:
             raise CheckpointError(
-                f"{checkpoint.tokenizer_file}: has {self.tokenizer.size} tokens, but the model "
+                f"{checkpoint.path}: its tokenizer has {self.tokenizer.size} tokens, but the model "
                 f"only {self.config.vocab_size}: it is the tokenizer of another model"
             )
         self._engine = _start_engine(checkpoint, policy, context, on_progress)
@@ -331,24 +334,24 @@ def _start_engine(
     from qwen3_tg.rope import rope_table
 
     # one file of kernels for each kind of model, so that none is loaded in vain
-    formats = [weight.format for weight in checkpoint.weights.values()]
-    shape = f"{checkpoint.config} {formats} {policy.device} {policy.dtype} {policy.prefill_chunk}"
-    name = f"{compiler.fingerprint()}-{hashlib.sha256(shape.encode()).hexdigest()[:16]}"
+    config, stored = checkpoint.config, checkpoint.weights
+    kinds = [(weight.format, *weight.params.items()) for weight in stored.values()]
+    shape = hashlib.sha256(f"{config} {kinds} {replace(policy, reason='')}".encode()).hexdigest()[
+        :16
+    ]
+    name = f"{compiler.fingerprint()}-{shape}"
     kernels = KernelCache(compiler.cache_dir(), name)
     kernels.load()
 
-    native, size = policy.native, 4 if policy.dtype == "float32" else 2
-    stored = checkpoint.weights.values()
-    needed = sum(w.data.nbytes if w.format in native else w.data.size * size for w in stored)
-    devices.check_memory(policy, needed)
-    total, done = sum(weight.data.nbytes for weight in stored), 0
+    total, done = sum(weight.device_bytes for weight in stored.values()), 0
+    devices.check_memory(policy, total)
     weights = {}
-    for weight_name, weight in checkpoint.weights.items():
-        weights[weight_name] = to_device(weight, policy.device, native, policy.dtype)
-        done += weight.data.nbytes
+    for weight_name, weight in stored.items():
+        weights[weight_name] = to_device(weight, policy.device, policy.native)
+        done += weight.device_bytes
         if on_progress:
             on_progress(done, total)
-    table = rope_table(checkpoint.config, context + policy.prefill_chunk)
+    table = rope_table(config, context + policy.prefill_chunk)
     rope = Tensor(table, device=policy.device).realize()
-    model = Qwen3(checkpoint.config, weights, rope, DTYPES[policy.dtype])
-    return Engine(model, policy.device, policy.dtype, context, policy.prefill_chunk, kernels)
+    model = Qwen3(config, weights, rope, DTYPES[policy.dtype])
+    return Engine(model, policy, context, kernels)

@@ -6,11 +6,12 @@
 Names are those of the checkpoint: `self.layers[3].self_attn.q_proj` holds the tensor called
 model.layers.3.self_attn.q_proj.weight. Axes: B batch, S new positions, T all positions so far,
 H query heads, K key/value heads, G = H / K query heads that share one key/value head, Hd head
-size, D hidden, F intermediate, V vocabulary. `start_pos` is the position of the first new token; it
-is symbolic, so that one compiled graph serves every position.
+size, D hidden, F intermediate, V vocabulary, E experts, k of them chosen. `start_pos` is the
+position of the first new token; it is symbolic, so that one compiled graph serves every position.
 
 Nothing here reads files, chooses devices or samples. The same model in plain numpy, in the same
-order, is backends/qwen3_tg_numpy/model.py. What it computes is transformers' Qwen3ForCausalLM.
+order, is backends/qwen3_tg_numpy/model.py. What it computes is transformers' Qwen3ForCausalLM
+and Qwen3MoeForCausalLM.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tinygrad.dtype import DType
 
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.kv_cache import KVCache, LayerCache
-from qwen3_tg.linear import Embedding, Linear
+from qwen3_tg.linear import Embedding, ExpertLinear, Linear, Weight
 from qwen3_tg.rope import apply_rope
 
 
@@ -30,8 +31,8 @@ class RMSNorm:
     """Scale each vector to a root mean square of one, then each of its numbers by a learned weight
     (Zhang & Sennrich 2019, arXiv:1910.07467). x: (..., D) -> (..., D)"""
 
-    def __init__(self, weight: Tensor, eps: float):
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: Weight, eps: float):
+        self.weight, self.eps = weight.values(), eps
 
     def __call__(self, x: Tensor) -> Tensor:
         x32 = x.float()  # squares of half-precision numbers overflow and round
@@ -44,7 +45,7 @@ class Attention:
     small (Ainslie et al. 2023, arXiv:2305.13245). Qwen3 normalises each query and key head
     (QK-norm) before it rotates them, in place of the biases that Qwen2 had."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], name: str):
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], name: str):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.q_proj = Linear(weights[f"{name}.q_proj.weight"])
@@ -86,9 +87,9 @@ class Attention:
 class MLP:
     """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(silu(gate(x)) * up(x)).
 
-    x: (B, S, D) -> (B, S, D). A mixture of experts will stand beside it, with the same call."""
+    x: (B, S, D) -> (B, S, D)"""
 
-    def __init__(self, weights: Mapping[str, Tensor], name: str):
+    def __init__(self, weights: Mapping[str, Weight], name: str):
         self.gate_proj = Linear(weights[f"{name}.gate_proj.weight"])
         self.up_proj = Linear(weights[f"{name}.up_proj.weight"])
         self.down_proj = Linear(weights[f"{name}.down_proj.weight"])
@@ -97,17 +98,63 @@ class MLP:
         return self.down_proj(self.gate_proj(x).silu() * self.up_proj(x))
 
 
+class MoE:
+    """Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): E MLPs, of which a router chooses
+    num_experts_per_tok = k for each position and mixes their outputs by its probabilities.
+
+    x: (B, S, D) -> (B, S, D)"""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], name: str):
+        self.num_experts, self.k = config.num_experts, config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.gate = Linear(weights[f"{name}.gate.weight"])
+        self.gate_proj = ExpertLinear(weights[f"{name}.experts.gate_proj.weight"])
+        self.up_proj = ExpertLinear(weights[f"{name}.experts.up_proj.weight"])
+        self.down_proj = ExpertLinear(weights[f"{name}.experts.down_proj.weight"])
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers and weights of the chosen experts, the likeliest first.
+
+        x: (B, S, D) -> (B, S, k) int32, (B, S, k) float32"""
+        probs = self.gate(x).float().softmax(axis=-1)  # (B, S, E)
+        # An expert's rank is how many are likelier; of equals, the one with the lower number.
+        expert, mine, other = (
+            Tensor.arange(self.num_experts),
+            probs.unsqueeze(-1),
+            probs.unsqueeze(-2),
+        )
+        ahead = (other > mine) | ((other == mine) & (expert < expert.unsqueeze(-1)))
+        rank = ahead.sum(axis=-1).contiguous()  # (B, S, E)
+        is_nth = rank.unsqueeze(-2) == Tensor.arange(self.k).unsqueeze(-1)  # (B, S, k, E)
+        chosen = is_nth.where(expert, 0).sum(axis=-1)
+        weights = is_nth.where(probs.unsqueeze(-2), 0).sum(axis=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(axis=-1, keepdim=True)
+        return chosen.contiguous(), weights.contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        chosen, weights = self.route(x)
+        each = x.unsqueeze(2)  # (B, S, 1, D)
+        act = self.gate_proj(each, chosen).silu() * self.up_proj(each, chosen)  # (B, S, k, F)
+        out = self.down_proj(act, chosen)  # (B, S, k, D)
+        return (out.float() * weights.unsqueeze(-1)).sum(axis=2).cast(x.dtype)
+
+
 class Block:
     """One decoder layer: attention, then MLP, each on a normalised copy and added to the stream."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], name: str):
-        eps = config.rms_norm_eps
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], layer: int):
+        name, eps = f"model.layers.{layer}", config.rms_norm_eps
         self.input_layernorm = RMSNorm(weights[f"{name}.input_layernorm.weight"], eps)
         self.self_attn = Attention(config, weights, f"{name}.self_attn")
         self.post_attention_layernorm = RMSNorm(
             weights[f"{name}.post_attention_layernorm.weight"], eps
         )
-        self.mlp = MLP(weights, f"{name}.mlp")
+        self.mlp = (
+            MoE(config, weights, f"{name}.mlp")
+            if config.is_mixture(layer)
+            else MLP(weights, f"{name}.mlp")
+        )
 
     def __call__(self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp) -> Tensor:
         """x: (B, S, D) -> (B, S, D)"""
@@ -126,13 +173,11 @@ class Qwen3:
     `rope` is the table of `rope_table` there; `dtype` is what activations are computed in."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], rope: Tensor, dtype: DType
+        self, config: ModelConfig, weights: Mapping[str, Weight], rope: Tensor, dtype: DType
     ):
         self.config, self.rope, self.dtype = config, rope, dtype
         self.embed_tokens = Embedding(weights["model.embed_tokens.weight"])
-        self.layers = [
-            Block(config, weights, f"model.layers.{i}") for i in range(config.num_hidden_layers)
-        ]
+        self.layers = [Block(config, weights, i) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
         self.lm_head = (
             self.embed_tokens.as_linear()

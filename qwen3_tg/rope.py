@@ -12,14 +12,21 @@ Which two numbers make a pair is a convention that no shape shows and that silen
 when mixed up. The paper interleaves: pair i is (x[2i], x[2i+1]). Hugging Face's checkpoints, and so
 Qwen3's, are split-half: pair i is (x[i], x[i + Hd/2]). The two differ by a fixed permutation of
 q_proj's and k_proj's rows, which is why converters between them exist. Here: split-half.
+
+YaRN (Peng et al. 2023, arXiv:2309.00071) lets texts be longer than those the model was trained on:
+pairs that turn often within the trained length keep their speed, slow ones are slowed down by the
+factor, so that no pair ever turns farther than it did in training, and those between get a mix.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from tinygrad import Tensor, UOp
 
 from qwen3_tg.config import ModelConfig
+from qwen3_tg.yarn import Yarn
 
 
 def rope_table(config: ModelConfig, positions: int) -> np.ndarray:
@@ -27,8 +34,32 @@ def rope_table(config: ModelConfig, positions: int) -> np.ndarray:
     second. The angles are float32 products, as in transformers, so that far positions agree."""
     half = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     inv_freq = (1.0 / np.power(np.float32(config.rope_theta), half)).astype(np.float32)  # (Hd/2,)
+    scale = np.float32(1)
+    if config.yarn:
+        slowed = slowed_share(config.yarn, config.head_dim, config.rope_theta)
+        inv_freq = inv_freq / np.float32(config.yarn.factor) * slowed + inv_freq * (1 - slowed)
+        scale = np.float32(config.yarn.attention_factor)
     angles = np.outer(np.arange(positions, dtype=np.float32), inv_freq)  # (positions, Hd/2)
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    table: np.ndarray = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1) * scale
+    return table
+
+
+def slowed_share(yarn: Yarn, head_dim: int, rope_theta: float) -> np.ndarray:
+    """How far YaRN slows each pair down: 0 for the fast ones, 1 for the slow ones, and a straight
+    line between (the paper's 1 - gamma, equation 18). (Hd/2,) float32"""
+
+    def pair(turns: float) -> float:
+        """The pair, counted from 0, that turns so often within the original length."""
+        wavelength = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope_theta))
+
+    first, last = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    last += 0.001 if first == last else 0
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - first) / (last - first)
+    return np.clip(ramp, 0, 1).astype(np.float32)
 
 
 def apply_rope(x: Tensor, table: Tensor, start_pos: UOp) -> Tensor:

@@ -86,12 +86,12 @@ def read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, Yarn | None]:
 def _read_yarn(rope: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> Yarn:
     """As transformers 5 reads it, where null means absent."""
 
-    def number(key: str, default: float | None = None, least: float = 0.0) -> float:
+    def number(key: str, default: float | None = None) -> float:
         value = rope.get(key)
         value = default if value is None else value
-        if not _is_number(value) or not least < value <= _LARGEST:
-            raise CheckpointError(f"{where}: {key} must be above {least:g}, found {value!r}")
-        return float(value)
+        if not _is_number(value) or not 0 < value <= _LARGEST:  # type: ignore[operator]
+            raise CheckpointError(f"{where}: {key} must be a positive number, found {value!r}")
+        return float(value)  # type: ignore[arg-type]
 
     original = rope.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
     if type(original) is not int or original < 1:

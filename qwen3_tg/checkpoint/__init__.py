@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from qwen3_tg.checkpoint.hf_directory import open_hf_directory
 from qwen3_tg.checkpoint.locate import locate
-from qwen3_tg.checkpoint.types import Checkpoint, StoredWeight
+from qwen3_tg.checkpoint.types import Checkpoint, StoredWeight, unpack
 from qwen3_tg.errors import CheckpointError, UnsupportedError
 
-__all__ = ["Checkpoint", "StoredWeight", "locate", "open_checkpoint"]
+__all__ = ["Checkpoint", "StoredWeight", "locate", "open_checkpoint", "unpack"]
 
 
 def open_checkpoint(model: str) -> Checkpoint:

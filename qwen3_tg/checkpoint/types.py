@@ -42,6 +42,7 @@ TABLE_BLOCKS = {
     "IQ3_S": (256, 110),
 }
 UNPACKED_AS = "float16"
+_ROWS_AT_ONCE = 1024
 # Formats of several arrays each: format -> their names in the file, after the module's name.
 PACKED = {
     "AWQ": ("qweight", "qzeros", "scales"),
@@ -159,3 +160,16 @@ class Checkpoint:
     chat_template: str | None
     special_tokens: Mapping[str, str]
     notes: tuple[str, ...] = ()
+
+
+def unpack(stored: StoredWeight) -> StoredWeight:
+    """The values of a format without a kernel, as floats of UNPACKED_AS, by the gguf library."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[stored.format]
+    rows = stored.arrays["blocks"].reshape(-1, stored.arrays["blocks"].shape[-1])
+    data = np.empty((len(rows), stored.shape[-1]), dtype=UNPACKED_AS)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        data[part] = gguf.dequantize(rows[part], kind)
+    return StoredWeight(UNPACKED_AS, stored.shape, {"data": data.reshape(stored.shape)})
