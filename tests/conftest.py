@@ -1,10 +1,13 @@
-"""Shared by all tests: the device they run on, and the golden checkpoints."""
+"""Shared by all tests: their device, the golden checkpoints, and the report of formats."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Read by tinygrad when it is first imported. Tests that need another device start a process.
 os.environ["DEV"] = "CPU"
@@ -24,6 +27,47 @@ GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
 # Measured: at most 2.9e-5 on the golden checkpoints, whose logits have a standard deviation of one.
 FLOAT32_TOLERANCE = 1e-4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--formats-report",
+        metavar="FILE",
+        type=Path,
+        help="write what the tests of formats measured to this JSON file",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--formats-report")
+    if file is not None and not hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        config.pluginmanager.register(FormatsReport(file))
+
+
+class FormatsReport:
+    """Collects what passed tests gave to `record_format`, from all of pytest-xdist's workers."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._rows: list[dict[str, Any]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self._rows += [row for name, row in report.user_properties if name == "format"]
+
+    def pytest_sessionfinish(self) -> None:
+        rows = sorted(self._rows, key=lambda row: (row["format"], row["model"], row["engine"]))
+        self._file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def record_format(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """To call with a row for the report: format, model, engine, device, max_abs_error."""
+
+    def record(**row: str | float) -> None:
+        record_property("format", row)
+
+    return record
 
 
 @dataclass(frozen=True)
