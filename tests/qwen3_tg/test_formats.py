@@ -3,8 +3,9 @@ float32 checkpoint of the same values (format_writers.py)."""
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +39,8 @@ Record = Callable[..., None]
 @dataclass(frozen=True)
 class Case:
     """`write` takes a path, a config and weights, and `options`. `name` is the row of the report,
-    `variant` what is special; `open` is the file to load in the folder, or the folder."""
+    `variant` what is special; `open` is the file to load in the folder, or the folder. `quick`
+    ones run in the engine always, all of them for a report only: each new kernel takes seconds."""
 
     name: str
     write: Callable[..., Weights]
@@ -48,9 +50,11 @@ class Case:
     sizes: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
     open: str = ""
+    quick: bool = False
 
     def __str__(self) -> str:
-        words = [self.name, self.variant, "moe" if self.moe else "dense"]
+        name = re.sub(", .*, ", " to ", self.name)
+        words = [name, self.variant.replace(",", ""), "moe" if self.moe else "dense"]
         return " ".join(filter(None, words)).replace(" ", "-")
 
 
@@ -60,12 +64,19 @@ def mixed(name: str) -> str:
     return "Q6_K" if name in ("output.weight", "token_embd.weight") or wide else "Q4_K"
 
 
-def dynamic(name: str) -> str:
-    """Many types in one file, as in the smallest files of mixtures; other ones in each layer."""
-    types = ["IQ1_S", "IQ2_XXS", "IQ3_XXS", "Q5_K", "IQ4_XS", "Q3_K", "IQ2_S", "Q8_0"]
-    return "Q4_K" if "blk" not in name else types[sum(map(ord, name)) % len(types)]
+def some_of(types: Sequence[str], moe: bool, name: str) -> str:
+    """Each of these types in one tensor; mixtures have them in the experts."""
+    parts = name.split(".")
+    kinds = ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"] if moe else DENSE_TENSORS
+    if parts[0] != "blk":
+        return types[-1]
+    if parts[2] not in kinds:
+        return "F16"
+    return types[(int(parts[1]) * len(kinds) + kinds.index(parts[2])) % len(types)]
 
 
+DENSE_TENSORS = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
+TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 ONE = {"num_hidden_layers": 1}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ROUTERS = {f"model.layers.{i}.mlp.gate": {"bits": 8, "group_size": 64} for i in (0, 1)}
@@ -76,100 +87,106 @@ OVERRIDES = {
 EDGES = {"hidden_size": 192, "intermediate_size": 320, **ONE}
 
 
-def cases() -> list[Case]:
-    found = []
+def safetensors_cases(moe: bool) -> Iterator[Case]:
+    case = partial(Case, write=write_float, moe=moe)
     for dtype in ("float32", "float16", "bfloat16"):
-        name = f"safetensors {dtype}"
-        found += [Case(name, write_float, moe, "", {"dtype": dtype}, ONE) for moe in (DENSE, MOE)]
-    found += [
-        Case("safetensors bfloat16", write_float, moe, "shards", {"dtype": "bfloat16", "shards": 3})
-        for moe in (DENSE, MOE)
-    ]
-    for type in ("F32", "F16", "BF16", *BLOCK_TYPES):
-        gguf = partial(Case, f"GGUF {type}", write_gguf, open="model.gguf", sizes=ONE)
-        found += [gguf(moe, "", {"type_of": type}) for moe in (DENSE, MOE)]
-    gguf = partial(Case, open="model.gguf")
-    parts = {"type_of": "Q8_0", "split": 3}
-    for moe in (DENSE, MOE):
-        found += [
-            gguf("GGUF mixed types", write_gguf, moe, "Q4_K_M", {"type_of": mixed}),
-            gguf("GGUF mixed types", write_gguf, moe, "dynamic", {"type_of": dynamic}),
-            Case("GGUF parts", write_gguf, moe, "", parts, open="model-00001-of-00003.gguf"),
-        ]
-    found += [
-        Case(
-            "GGUF parts",
-            write_gguf,
-            DENSE,
-            "without tensors in the first, opened by the last",
-            parts | {"empty_first_part": True},
-            ONE,
-            open="model-00003-of-00003.gguf",
-        ),
-        gguf("GGUF Q8_0", write_gguf, DENSE, "version 2", {"type_of": "Q8_0", "version": 2}, ONE),
-        gguf("GGUF Q4_K", write_gguf, DENSE, "tied", {"type_of": mixed}, ONE, tied=True),
-        gguf(
-            "GGUF Q4_K",
-            write_gguf,
-            DENSE,
-            "tied with output",
-            {"type_of": lambda name: "Q6_K" if name == "output.weight" else "Q4_K"}
-            | {"tied_output": True},
-            ONE,
-            tied=True,
-        ),
-        gguf(
-            "GGUF Q8_0",
-            write_gguf,
-            DENSE,
-            "YaRN",
-            {"type_of": "Q8_0"},
-            {"rope_scaling": YARN, **ONE},
-        ),
-    ]
-    for moe in (DENSE, MOE):
-        awq, gptq, fp8, mlx = (
-            partial(Case, name, write, moe)
-            for name, write in (
-                ("AWQ 4-bit", write_awq),
-                ("GPTQ 4-bit", write_gptq),
-                ("FP8", write_fp8),
-                ("MLX 4-bit", write_mlx),
-            )
+        yield case(f"safetensors {dtype}", options={"dtype": dtype}, sizes=ONE)
+    options = {"dtype": "bfloat16", "shards": 3}
+    yield case("safetensors bfloat16", variant="shards", options=options, quick=moe)
+
+
+def gguf_cases(moe: bool) -> Iterator[Case]:
+    case = partial(Case, write=write_gguf, moe=moe, open="model.gguf")
+    for type in TYPES:
+        yield case(f"GGUF {type}", options={"type_of": type}, sizes=ONE)
+    size = 9 if moe else 14  # of a file: three layers of experts, or two dense ones
+    for start in range(0, len(TYPES), size):
+        types = TYPES[start : start + size]
+        yield case(
+            f"GGUF {', '.join(types)}",
+            variant="together",
+            options={"type_of": partial(some_of, types, moe)},
+            sizes={"num_hidden_layers": 3 if moe else 2},
+            quick=True,
         )
-        edges = EDGES | {"moe_intermediate_size": 320} if moe else EDGES
-        kept = ["model.layers.0.self_attn.o_proj"]
-        found += [
-            awq("", {"shards": 2}),
-            awq("bfloat16", {"dtype": "bfloat16", "skip": ["o_proj"]}, ONE),
-            gptq("", {"shards": 2}),
-            gptq("asymmetric", {"sym": False}, ONE),
-            gptq("act order", {"sym": False, "act_order": True}, ONE),
-            gptq("v2", {"sym": False, "v2": True, "dtype": "bfloat16"}, ONE),
-            Case("GPTQ 8-bit", write_gptq, moe, "", {"bits": 8}),
-            fp8("", {"shards": 2}),
-            fp8("partial blocks", {"scale_dtype": "float16", "skip": kept}, edges),
-            fp8("float32 scales", {"scale_dtype": "float32"}, ONE),
-            mlx("", {"overrides": ROUTERS if moe else None, "shards": 2}),
-            mlx("group 32", {"group_size": 32, "dtype": "float16"}, ONE, tied=True),
-            mlx("overrides", {"overrides": OVERRIDES, "both_blocks": False}),
-            Case("MLX 8-bit", write_mlx, moe, "", {"bits": 8}, ONE),
-        ]
-    skip = {"dynamic": {r"-:.*\.k_proj": {}}}
-    found += [
-        Case("AWQ 4-bit", write_awq, DENSE, "one group", {"group_size": -1}, ONE),
-        Case("GPTQ 4-bit", write_gptq, DENSE, "skip and head", skip | {"lm_head": True}, ONE),
-        Case("GPTQ 4-bit", write_gptq, DENSE, "without g_idx", {"with_g_idx": False}, ONE),
-        Case("GPTQ 4-bit", write_gptq, DENSE, "quantize_config", {"separate_config": True}, ONE),
-        Case("GPTQ 2-bit", write_gptq, DENSE, "", {"bits": 2}, ONE),
-        Case("MLX 2-bit", write_mlx, DENSE, "", {"bits": 2}, ONE),
-        *(Case(f"MLX {b}-bit", write_mlx, DENSE, "", {"bits": b}, ONE) for b in (3, 5, 6)),
-    ]
-    return found
+    yield case("GGUF Q4_K_M", options={"type_of": mixed}, tied=not moe)
+    parts = {"type_of": "Q8_0", "split": 3}
+    yield case("GGUF parts", options=parts, open="model-00001-of-00003.gguf")
+    if moe:
+        return
+    yield case(
+        "GGUF parts",
+        variant="no tensors in the first, opened by the last",
+        options=parts | {"empty_first_part": True},
+        sizes=ONE,
+        open="model-00003-of-00003.gguf",
+        quick=True,
+    )
+    one = partial(case, options={"type_of": "Q8_0"}, sizes=ONE)
+    yield one("GGUF Q8_0", variant="version 2", options={"type_of": "Q8_0", "version": 2})
+    yield one("GGUF Q8_0", variant="YaRN", sizes={"rope_scaling": YARN, **ONE}, quick=True)
+    output = {"type_of": mixed, "tied_output": True}
+    yield one("GGUF Q4_K_M", variant="tied, with output", options=output, tied=True)
 
 
-CASES = cases()
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+def packed_cases(moe: bool) -> Iterator[Case]:
+    awq = partial(Case, "AWQ 4-bit", write_awq, moe, sizes=ONE)
+    yield awq(options={"shards": 2}, quick=True)
+    yield awq(variant="bfloat16", options={"dtype": "bfloat16", "skip": ["o_proj"]})
+    gptq = partial(Case, "GPTQ 4-bit", write_gptq, moe, sizes=ONE)
+    yield gptq(options={"shards": 2}, quick=moe)
+    yield gptq(variant="asymmetric", options={"sym": False})
+    act_order = {"sym": False, "act_order": True}
+    yield gptq(variant="act order", options=act_order, quick=not moe)
+    yield gptq(variant="v2", options={"sym": False, "v2": True, "dtype": "bfloat16"})
+    yield Case("GPTQ 8-bit", write_gptq, moe, options={"bits": 8}, sizes=ONE, quick=not moe)
+    fp8 = partial(Case, "FP8", write_fp8, moe)
+    yield fp8(options={"shards": 2}, quick=moe)
+    kept = {"skip": ["model.layers.0.self_attn.o_proj"]}
+    edges = EDGES | {"moe_intermediate_size": 320} if moe else EDGES
+    yield fp8(
+        variant="partial blocks",
+        options=kept | {"scale_dtype": "float16"},
+        sizes=edges,
+        quick=not moe,
+    )
+    yield fp8(variant="float32 scales", options={"scale_dtype": "float32"}, sizes=ONE)
+    mlx = partial(Case, "MLX 4-bit", write_mlx, moe)
+    overrides = OVERRIDES | ROUTERS if moe else OVERRIDES
+    yield mlx(options={"shards": 2}, sizes=ONE)
+    yield mlx(
+        variant="group 32", options={"group_size": 32, "dtype": "float16"}, sizes=ONE, tied=True
+    )
+    one_block = {"overrides": overrides, "both_blocks": False}
+    yield mlx(variant="overrides", options=one_block, tied=not moe, quick=True)
+    yield Case("MLX 8-bit", write_mlx, moe, options={"bits": 8}, sizes=ONE, quick=not moe)
+
+
+def rare_cases() -> Iterator[Case]:
+    yield Case("AWQ 4-bit", write_awq, DENSE, "one group", {"group_size": -1}, ONE)
+    gptq = partial(Case, "GPTQ 4-bit", write_gptq, DENSE, sizes=ONE)
+    skip = {"dynamic": {r"-:.*\.k_proj": {}}, "lm_head": True}
+    yield gptq("some float, and the head not", options=skip)
+    yield gptq("without g_idx", options={"with_g_idx": False})
+    yield gptq("quantize_config.json", options={"separate_config": True})
+    yield Case("GPTQ 2-bit", write_gptq, DENSE, "", {"bits": 2}, ONE)
+    for bits in (2, 3, 5, 6):
+        yield Case(f"MLX {bits}-bit", write_mlx, DENSE, "", {"bits": bits}, ONE)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine_case" in metafunc.fixturenames:
+        all_of_them = metafunc.config.getoption("--formats-report") is not None
+        chosen = [case for case in CASES if case.quick or all_of_them]
+        metafunc.parametrize("engine_case", chosen, ids=str)
+
+
+CASES = [
+    case
+    for moe in (DENSE, MOE)
+    for cases in (safetensors_cases, gguf_cases, packed_cases)
+    for case in cases(moe)
+] + list(rare_cases())
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Writte
     return lambda case: write(str(case))
 
 
-@every_case
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_reference_computes_the_values_of_the_file(
     case: Case, written: Callable[[Case], Written], record_format: Record
 ) -> None:
@@ -214,28 +231,28 @@ def test_the_reference_computes_the_values_of_the_file(
     record(record_format, case, "qwen3_tg_numpy", "numpy", logits, expected)
 
 
-@every_case
 def test_the_engine_computes_the_values_of_the_file(
-    case: Case, written: Callable[[Case], Written], record_format: Record
+    engine_case: Case, written: Callable[[Case], Written], record_format: Record
 ) -> None:
-    expected = written(case)
+    case, expected = engine_case, written(engine_case)
     llm = qwen3_tg.load(str(expected.path), dtype="float32")
-    logits = llm.logits(expected.ids)
-    assert_close(logits, expected.logits, FLOAT32_TOLERANCE)
-    # Through the cache, whose steps are graphs of their own.
     rows = [llm._engine.next_logits(expected.ids[:length]) for length in CACHED]
     assert_close(np.array(rows), expected.logits[[n - 1 for n in CACHED]], FLOAT32_TOLERANCE)
+    logits = llm.logits(expected.ids)
+    assert_close(logits, expected.logits, FLOAT32_TOLERANCE)
     record(record_format, case, "qwen3_tg", llm.policy.device, logits, expected)
 
 
 def record(
     record_format: Record, case: Case, engine: str, device: str, logits: np.ndarray, right: Written
 ) -> None:
-    record_format(
-        format=case.name,
-        variant=case.variant,
-        model="moe" if case.moe else "dense",
-        engine=engine,
-        device=device,
-        max_abs_error=float(np.abs(logits - right.logits).max()),
-    )
+    kind, _, names = case.name.partition(" ")
+    for name in names.split(", ") if kind == "GGUF" else [names]:
+        record_format(
+            format=f"{kind} {name}".strip(),
+            variant=case.variant,
+            model="moe" if case.moe else "dense",
+            engine=engine,
+            device=device,
+            max_abs_error=float(np.abs(logits - right.logits).max()),
+        )
