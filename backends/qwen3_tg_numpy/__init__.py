@@ -1,14 +1,17 @@
-"""The reference: a dense Qwen3 in plain numpy, to be read first and to judge every device by.
+"""The reference: a Qwen3 in plain numpy, to be read first and to judge every device by.
 
     model = qwen3_tg_numpy.load("path/to/Qwen3-0.6B")
     logits = model.logits([9707, 11, 1879])                        # (3, V), float32
     ids = list(model.generate_ids([9707, 11, 1879], max_new_tokens=16))
 
-It computes what transformers' Qwen3ForCausalLM computes, in float32, from the weights as stored,
-and is slow by choice: no kernels, no quantised formats. Its only import is numpy; it shares no code
-with qwen3_tg, so that the two have no mistake in common by construction.
+It computes what transformers' Qwen3ForCausalLM and Qwen3MoeForCausalLM compute, in float32, from
+the weights as stored, and is slow by choice: no kernels, and quantised matrices are decoded at each
+use. It imports numpy, and gguf for the blocks of GGUF files; it shares no code with qwen3_tg, so
+that the two have no mistake in common by construction.
 
-In the order of reading: config.py, checkpoint.py, model.py, sampling.py, generate.py.
+In the order of reading: config.py, model.py with rope.py, sampling.py, generate.py; then how
+weights are found: safetensors_file.py, quantised.py, quantisation.py, checkpoint.py, gguf_config.py
+and gguf_file.py.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import numpy as np
 from qwen3_tg_numpy.checkpoint import read_weights
 from qwen3_tg_numpy.config import CheckpointError, ModelConfig, read_eos_token_ids, read_json
 from qwen3_tg_numpy.generate import generate_ids
+from qwen3_tg_numpy.gguf_file import read_gguf
 from qwen3_tg_numpy.model import KVCache, Qwen3
+from qwen3_tg_numpy.quantisation import find_scheme
 from qwen3_tg_numpy.sampling import GREEDY, Sampling
 
 __all__ = [
@@ -78,15 +83,20 @@ class Reference:
 
 def load(path: str | PathLike[str]) -> Reference:
     """Open a Hugging Face directory: config.json, the safetensors file or its shards, and
-    generation_config.json where there is one. Weights stay mapped until they are used.
+    generation_config.json where there is one; or a .gguf file, any part of it where it is split.
+    Matrices may be packed as AWQ, GPTQ, block-wise FP8, MLX or GGUF have it. Weights stay mapped
+    until they are used.
 
     Raises CheckpointError, a ValueError, that names the file and the key or tensors for whatever is
     missing, damaged or not computed here."""
     path = Path(path)
+    if path.suffix == ".gguf":
+        config, weights, eos_token_ids = read_gguf(path)
+        return Reference(config, Qwen3(config, weights), eos_token_ids)
     raw = read_json(path / "config.json")
     config = ModelConfig.from_dict(raw, where=str(path / "config.json"))
     return Reference(
         config=config,
-        model=Qwen3(config, read_weights(path, config.weight_shapes())),
+        model=Qwen3(config, read_weights(path, config.weight_shapes(), find_scheme(path, raw))),
         eos_token_ids=read_eos_token_ids(path, raw),
     )

@@ -1,135 +1,99 @@
-"""safetensors to numpy: the tensors of a model directory, mapped, each decoded when it is used.
+"""Stored tensors to the weights of the model: which tensors make up which matrix.
 
-A safetensors file is eight bytes (the header's length N, little-endian), N bytes of JSON (name ->
-dtype, shape, data_offsets into the rest), and the data. numpy has no bfloat16, so such a tensor
-stays an array of its uint16 bits; no stored dtype of a Qwen3 is uint16, so the dtype tells.
+A weight is an array as stored (float32, float16, or the bits of bfloat16) or a Packed matrix; one
+name, one weight, by the names of Hugging Face, each expert on its own. All that does not fit is
+reported in one error. Knows nothing of bytes in files.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from qwen3_tg_numpy.config import CheckpointError, read_json
+from qwen3_tg_numpy.config import CheckpointError
+from qwen3_tg_numpy.quantised import FLOATS, Layout, Packed, Parts, Scheme, Shape
+from qwen3_tg_numpy.safetensors_file import dtype_name, read_directory
 
-STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors' name: how it is mapped
-
-
-def to_float32(stored: np.ndarray) -> np.ndarray:
-    """The values of a stored tensor (or of rows of it), exactly: every bfloat16 is the upper half
-    of a float32, every float16 is a float32. Same shape."""
-    if stored.dtype == np.uint16:
-        bits: np.ndarray = np.left_shift(stored, 16, dtype=np.uint32)
-        return bits.view(np.float32)
-    return stored.astype(np.float32, copy=False)
+Stored = np.ndarray | Packed
 
 
-def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The stored tensors that `shapes` names, in its order, as read-only views of the mapped files.
+def read_weights(
+    path: Path, shapes: Mapping[str, Shape], scheme: Scheme | None = None
+) -> dict[str, Stored]:
+    """The weights of a model directory that `shapes` names, in its order. Nothing is decoded.
 
-    A stored lm_head.weight that `shapes` does not name (tied embeddings) is left out. Raises
+    A stored lm_head that `shapes` does not name (tied embeddings) is left out. Raises
     CheckpointError for a damaged file, and one for all tensors that do not fit."""
-    stored: dict[str, np.ndarray] = {}
-    problems: list[str] = []
-    for file in _weight_files(path):
-        tensors = read_safetensors(file)
-        problems += [f"{name} is in {file.name} and before" for name in tensors if name in stored]
-        stored |= tensors
-    problems += [f"missing {name}" for name in shapes if name not in stored]
-    problems += [
-        f"unexpected {name}" for name in stored if name not in shapes and name != "lm_head.weight"
-    ]
-    problems += [
-        f"{name}: expected shape {shape}, found {stored[name].shape}"
+    stored, problems = read_directory(path)
+    weights: dict[str, Stored] = {}
+    left = unstack(stored)
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        packing = scheme.of(module) if scheme and f"{module}.{scheme.marker}" in left else None
+        if packing and len(shape) == 2:
+            layout = packing.layout(shape)
+            parts = {end: left.pop(f"{module}.{end}", None) for end in layout}
+            found = {end: array for end, array in parts.items() if array is not None}
+            problems += _wrong_parts(module, layout, found)
+            weights[name] = Packed(shape, partial(packing.decode, found, shape))
+        elif name in left:
+            array = left.pop(name)
+            if (dtype := dtype_name(array)) not in FLOATS:
+                problems.append(f"{name}: expected {' or '.join(FLOATS)}, found {dtype}")
+            weights[name] = array
+    if "lm_head.weight" not in shapes:
+        left = {name: array for name, array in left.items() if not name.startswith("lm_head.")}
+    problems += [f"unexpected {name}" for name in left]
+    return fit(weights, shapes, problems, str(path))
+
+
+def fit(
+    weights: Mapping[str, Stored], shapes: Mapping[str, Shape], problems: list[str], where: str
+) -> dict[str, Stored]:
+    """The weights in the order of `shapes`. Raises one CheckpointError for the problems so far and
+    for what is missing or misshapen."""
+    missing = [f"missing {name}" for name in shapes if name not in weights]
+    misshapen = [
+        f"{name}: expected shape {shape}, found {weights[name].shape}"
         for name, shape in shapes.items()
-        if name in stored and stored[name].shape != shape
+        if name in weights and weights[name].shape != shape
     ]
-    if problems:
+    if problems := missing + problems + misshapen:
         raise CheckpointError(
-            f"{path}: weights do not fit config.json:\n  " + "\n  ".join(problems)
+            f"{where}: weights do not fit the config:\n  " + "\n  ".join(problems)
         )
-    return {name: stored[name] for name in shapes}
+    return {name: weights[name] for name in shapes}
 
 
-def read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    """Name -> stored tensor of one file. Reads the header only; raises CheckpointError if it does
-    not describe exactly the bytes that follow it."""
-    size = file.stat().st_size
-    if size < 8:
-        raise CheckpointError(
-            f"{file}: {size} bytes are no safetensors file; is it fully downloaded?"
-        )
-    mapped = np.memmap(file, dtype=np.uint8, mode="r")
-    data_start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    if data_start > size:
-        raise CheckpointError(
-            f"{file}: header ends at byte {data_start} of {size}; is it fully downloaded?"
-        )
-    try:
-        header = json.loads(mapped[8:data_start].tobytes())
-    except (ValueError, RecursionError) as e:  # JSON and UTF-8 errors are both ValueErrors
-        raise CheckpointError(f"{file}: header is not JSON ({e})") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: header must be an object, found {type(header).__name__}")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(file, name, info) for name, info in header.items()}
-    expected_start = 0  # the format allows no holes and no overlaps
-    for name, (dtype, shape, start, end) in sorted(entries.items(), key=lambda e: e[1][2:]):
-        expected_end = expected_start + math.prod(shape) * np.dtype(dtype).itemsize
-        if (start, end) != (expected_start, expected_end):
-            raise CheckpointError(
-                f"{file}: {name}: expected at bytes {expected_start} to {expected_end} "
-                f"of the data, found at {start} to {end}"
-            )
-        expected_start = end
-    if data_start + expected_start != size:
-        raise CheckpointError(
-            f"{file}: expected {data_start + expected_start} bytes, found {size}; "
-            "is it fully downloaded?"
-        )
-    data = np.asarray(mapped[data_start:])
-    return {
-        name: data[start:end].view(dtype).reshape(shape)
-        for name, (dtype, shape, start, end) in entries.items()
-    }
+def unstack(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each expert's part of the stacked tensors that MLX has, by its own name."""
+    result: dict[str, np.ndarray] = {}
+    for name, array in stored.items():
+        if ".mlp.switch_mlp." in name and array.ndim:
+            for e, expert in enumerate(array):
+                result[name.replace(".switch_mlp.", f".experts.{e}.")] = expert
+        else:
+            result[name] = array
+    return result
 
 
-def _entry(file: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """The mapped dtype, shape, start and end of one header entry."""
-    try:
-        stored, shape = info["dtype"], tuple(info["shape"])
-        start, end = info["data_offsets"]
-        if not all(type(i) is int and i >= 0 for i in (*shape, start, end)):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file}: {name}: not a header entry: {info!r}") from None
-    if stored not in STORED:
-        raise CheckpointError(
-            f"{file}: {name}: dtype must be {', '.join(STORED)}, found {stored!r}"
-        )
-    return STORED[stored], shape, start, end
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The one file, or the shards that the index names. Raises CheckpointError for missing ones."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise CheckpointError(f"{path}: expected {single.name} or {index.name}, found neither")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must map tensor names to files")
-    if outside := [v for v in weight_map.values() if v in ("", "..") or Path(v).name != v]:
-        raise CheckpointError(f"{index}: weight_map must name files beside it: {outside[0]!r}")
-    files = [path / name for name in sorted(set(weight_map.values()))]
-    if lost := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(
-            f"{index}: shards not there: {', '.join(lost)}; is it fully downloaded?"
-        )
-    return files
+def _wrong_parts(module: str, layout: Layout, parts: Parts) -> list[str]:
+    """What is wrong with the tensors of one packed matrix."""
+    wrong = []
+    for end, (dtypes, expected) in layout.items():
+        if end not in parts:
+            wrong += [] if end == "g_idx" else [f"missing {module}.{end}"]
+        elif parts[end].shape != expected:
+            wrong.append(f"{module}.{end}: expected shape {expected}, found {parts[end].shape}")
+        elif (dtype := dtype_name(parts[end])) not in dtypes:
+            wrong.append(f"{module}.{end}: expected {' or '.join(dtypes)}, found {dtype}")
+        elif end == "g_idx":
+            low, high, groups = parts[end].min(), parts[end].max(), len(parts["scales"])
+            if low < 0 or high >= groups:
+                wrong.append(
+                    f"{module}.{end}: expected groups 0 to {groups - 1}, found {low} to {high}"
+                )
+    return wrong

@@ -22,7 +22,6 @@ ONLY_VALUE: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "use_sliding_window": False,
-    "quantization_config": None,
 }
 # Keys that may have any value: training, bookkeeping, token ids, and generation defaults that
 # transformers 4 used to keep here. The window keys are dead while use_sliding_window is false.
@@ -42,8 +41,9 @@ NO_EFFECT = """
     remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens
 """
-READ_APART = frozenset(  # by from_dict and _read_rope
-    ("model_type", "architectures", "layer_types", "rope_parameters", "rope_scaling", "rope_theta")
+READ_APART = frozenset(  # by from_dict, _read_rope, and the last two by quantisation.read_scheme
+    "model_type architectures layer_types rope_parameters rope_scaling rope_theta "
+    "quantization_config quantization".split()
 )
 SIZES = frozenset(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "

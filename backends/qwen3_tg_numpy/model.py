@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from qwen3_tg_numpy.checkpoint import to_float32
+from qwen3_tg_numpy.checkpoint import Stored
 from qwen3_tg_numpy.config import ModelConfig
+from qwen3_tg_numpy.quantised import to_float32
 from qwen3_tg_numpy.rope import apply_rope, rope_table
 
 Array = np.ndarray  # float32, but for ids
-Weights = Mapping[str, Array]  # as stored: checkpoint.to_float32 decodes
+Weights = Mapping[str, Stored]  # as stored: to_float32 decodes
 Trace = Callable[[str, Array], None]
 """Told the name and value of each intermediate, in this order: embed_tokens (S, D); for each layer,
 after `layers.{i}.`: input_layernorm (S, D), self_attn.q_proj (S, H*Hd), .k_proj .v_proj (S, K*Hd),
@@ -40,9 +41,9 @@ def no_trace(name: str, value: Array) -> None:
 class Linear:
     """A matrix without bias. x: (S, inputs) -> (S, outputs)"""
 
-    ROWS = 16384  # decoded at a time: bounds memory where the head of a large model has 151,936
+    ROWS = 2048  # decoded at a time: bounds memory where the head of a large model has 151,936
 
-    def __init__(self, weight: Array):
+    def __init__(self, weight: Stored):
         self.weight = weight  # (outputs, inputs)
 
     def __call__(self, x: Array) -> Array:
@@ -56,7 +57,7 @@ class RMSNorm:
 
     x: (..., D) -> (..., D)"""
 
-    def __init__(self, weight: Array, eps: float):
+    def __init__(self, weight: Stored, eps: float):
         self.weight, self.eps = to_float32(weight), np.float32(eps)
 
     def __call__(self, x: Array) -> Array:
