@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a module imports from its own floor or a lower one.
 FLOORS = [
     ["errors"],
-    ["sampling", "stop_strings", "kernel_cache", "compiler"],
+    ["sampling", "stop_strings", "kernel_cache", "compiler", "hub"],
     ["config", "tokenizer", "reply", "device"],
-    ["checkpoint", "chat"],
+    ["checkpoint", "chat", "pull"],
     ["linear", "rope", "kv_cache"],
     ["model"],
     ["generate"],
