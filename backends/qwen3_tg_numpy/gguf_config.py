@@ -87,7 +87,7 @@ def _rope_scaling(own: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     if kind != "yarn":
         raise CheckpointError(f"{where}.rope.scaling.type must be none or yarn, found {kind!r}")
     factor = own.get("rope.scaling.factor")
-    if type(factor) not in (int, float) or factor < 1:
+    if not isinstance(factor, int | float) or factor < 1:
         raise CheckpointError(f"{where}.rope.scaling.factor must be at least 1, found {factor!r}")
     extra = own.get("rope.scaling.attn_factor", 1.0)
     extra *= own.get("rope.scaling.yarn_attn_factor", 1.0)
