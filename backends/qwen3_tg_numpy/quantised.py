@@ -104,12 +104,13 @@ class Awq:
 
     def decode(self, parts: Parts, shape: Shape, rows: Array) -> Array:
         def nibbles(words: Array) -> Array:
-            values: Array = words.view("<u4")[:, rows // 8] >> self.SHIFT[rows % 8] & 15
+            values: Array = words.view("<u4").take(rows // 8, 1) >> self.SHIFT[rows % 8] & 15
             return values.astype(np.float32)
 
         group = groups_of(shape[1], self.group_size)
         q, z = nibbles(parts["qweight"]), nibbles(parts["qzeros"])  # (I, n) and (G, n)
-        values: Array = (q - z[group]) * to_float32(parts["scales"][:, rows])[group]
+        scale = to_float32(parts["scales"].take(rows, 1))
+        values: Array = (q - z.take(group, 0)) * scale.take(group, 0)
         return values.T
 
 
@@ -146,10 +147,11 @@ class Gptq:
 
     def decode(self, parts: Parts, shape: Shape, rows: Array) -> Array:
         group = parts.get("g_idx", groups_of(shape[1], self.group_size))
-        q = unpack(parts["qweight"][:, rows].T, self.bits)[:, : shape[1]]  # (n, I)
-        z = unpack(parts["qzeros"], self.bits)[:, rows].T.astype(np.float32) + self.added_to_zero
-        scale = to_float32(parts["scales"][:, rows]).T  # (n, G)
-        values: Array = (q - z[:, group]) * scale[:, group]
+        q = unpack(parts["qweight"].take(rows, 1).T, self.bits)[:, : shape[1]]  # (n, I)
+        z = unpack(parts["qzeros"], self.bits).take(rows, 1).T.astype(np.float32)
+        z += self.added_to_zero  # (n, G)
+        scale = to_float32(parts["scales"].take(rows, 1)).T
+        values: Array = (q - z.take(group, 1)) * scale.take(group, 1)
         return values
 
 
@@ -171,7 +173,7 @@ class Fp8:
     def decode(self, parts: Parts, shape: Shape, rows: Array) -> Array:
         scale = to_float32(parts["weight_scale_inv"][rows // self.block[0]])
         column = groups_of(shape[1], self.block[1])
-        values: Array = E4M3[parts["weight"][rows]] * scale[:, column]
+        values: Array = E4M3.take(parts["weight"][rows]) * scale.take(column, 1)
         return values
 
 
@@ -220,7 +222,9 @@ class Mlx:
     def decode(self, parts: Parts, shape: Shape, rows: Array) -> Array:
         q = unpack(parts["weight"][rows], self.bits)[:, : shape[1]]
         group = groups_of(shape[1], self.group_size)
-        scale, bias = (to_float32(parts[name][rows])[:, group] for name in ("scales", "biases"))
+        scale, bias = (
+            to_float32(parts[name][rows]).take(group, 1) for name in ("scales", "biases")
+        )
         values: Array = q * scale + bias
         return values
 
