@@ -48,7 +48,8 @@ def write_awq(
     **quantization: Any,
 ) -> Weights:
     """4 bits, "gemm" layout. Linears whose name holds a part of `skip` stay float; `dtype` is that
-    of scales and of what is not quantised; `quantization` replaces keys of the config's block."""
+    of scales and of what is not quantised; `quantization` replaces keys of the config's block, None
+    takes a key away."""
     stored, oracle = {}, {}
     for name, W in weights.items():
         module = name.removesuffix(".weight")
@@ -74,7 +75,10 @@ def write_awq(
         "version": "gemm",
         "zero_point": True,
     }
-    config = config | {"torch_dtype": dtype, "quantization_config": block | quantization}
+    block |= quantization
+    for key in (key for key, value in quantization.items() if value is None):
+        del block[key]
+    config = config | {"torch_dtype": dtype, "quantization_config": block}
     write_safetensors(path, config, stored, shards)
     return oracle
 
