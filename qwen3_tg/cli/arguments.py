@@ -176,7 +176,11 @@ def _add_plan(parser: _Parser) -> None:
 
 
 def _add_pull(parser: _Parser) -> None:
-    """Filled in by the pull command."""
+    parser.description = "Fetch a model from the Hugging Face hub, or go on where it stopped."
+    parser.add_argument("name", metavar="NAME", help="Qwen/Qwen3-0.6B; without an owner it is Qwen")
+    parser.add_argument("--type", metavar="T", help="a GGUF of this type, such as Q4_K_M")
+    parser.add_argument("--revision", metavar="R", help="a branch, tag or commit (default: main)")
+    parser.add_argument("--json", action="store_true", help="what was fetched, as JSON")
 
 
 def _add_quantize(parser: _Parser) -> None:

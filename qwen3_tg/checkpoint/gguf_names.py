@@ -1,0 +1,56 @@
+"""What the names of GGUF files say: the type of the weights, and which files are parts of one."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from qwen3_tg.errors import CheckpointError
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})$")
+_TYPE = re.compile(
+    r"(?:^|[-._])((?:UD-)?(?:I?Q[1-8](?:_[0-9A-Z]+)*|TQ[12]_0|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))$",
+    re.IGNORECASE,
+)
+_NO_MODEL = ("mmproj", "imatrix")
+
+
+def gguf_models(names: Iterable[str]) -> dict[str, list[str]]:
+    """The models among the names of a folder's files: their type (Q4_K_M, BF16 ...) -> their files,
+    parts in order. A name without a type, or with that of another model, stands for itself."""
+    models: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        folder, slash, file = name.rpartition("/")
+        if file.lower().endswith(".gguf") and not file.lower().startswith(_NO_MODEL):
+            models[folder + slash + _PART.sub("", file[: -len(".gguf")])].append(name)
+    by_type: dict[str, list[str]] = defaultdict(list)
+    for model in models:
+        match = _TYPE.search(model)
+        by_type[match[1].upper() if match else model].append(model)
+    return {
+        (kind if len(same) == 1 else model): models[model]
+        for kind, same in by_type.items()
+        for model in same
+    }
+
+
+def choose_gguf(names: Iterable[str], kind: str, where: str) -> list[str]:
+    """The files of the model with this type, all parts in order.
+
+    Raises CheckpointError listing the types there are."""
+    models = gguf_models(names)
+    wanted = kind.lower()
+    found = [k for k in models if k.lower() == wanted]
+    found = found or [k for k in models if k.lower().endswith(f"-{wanted}")]  # UD-Q4_K_XL
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{where}: no GGUF of type {kind!r}; there are {', '.join(models) or 'none'}"
+        )
+    files = models[found[0]]
+    last = _PART.search(files[-1][: -len(".gguf")])
+    if (int(last[2]) if last else 1) != len(files):
+        raise CheckpointError(
+            f"{where}: {found[0]} has {len(files)} of its {int(last[2]) if last else 1} parts"
+        )
+    return files
