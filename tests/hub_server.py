@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
+import qwen3_tg.hub
+from qwen3_tg.checkpoint import remote
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".gguf", "tokenizer.json")
 _LONGEST_STALL_S = 20
@@ -82,6 +88,20 @@ def serve() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join(5)
+
+
+def use(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it the hub of this process, which reads its environment when huggingface_hub is
+    imported; without long pauses."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(qwen3_tg.hub, "PAUSES_S", (0.01,) * 5)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    remote._listing.cache_clear()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -6,12 +6,12 @@ import io
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from hub_server import Fault, Hub, serve
+from conftest import GOLDEN
+from hub_server import Fault, Hub, serve, use
 
-from qwen3_tg import hub as hub_module
-from qwen3_tg.checkpoint import remote
 from qwen3_tg.checkpoint.remote import open_remote, remote_files
 from qwen3_tg.checkpoint.safetensors_file import absent_tensors, read_safetensors
 from qwen3_tg.errors import CheckpointError
@@ -21,20 +21,11 @@ SHARD = "model-00001-of-00004.safetensors"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from conftest import GOLDEN
-    from huggingface_hub import constants
-
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serve() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
-        monkeypatch.setattr(hub_module, "PAUSES_S", (0.01,) * 5)
-        remote._listing.cache_clear()
-        hub.add(
-            NAME, GOLDEN / "sharded_bfloat16", **{"big.gguf": random.Random(1).randbytes(10**6)}
-        )
+        use(hub, tmp_path, monkeypatch)
+        big = random.Random(1).randbytes(10**6)
+        hub.add(NAME, GOLDEN / "sharded_bfloat16", **{"big.gguf": big})
         yield hub
 
 
@@ -75,8 +66,6 @@ class TestRemoteFiles:
 
 class TestOpenRemote:
     def test_the_header_of_a_shard_takes_one_request(self, hub: Hub) -> None:
-        from conftest import GOLDEN
-
         size = remote_files(NAME)[SHARD].size
         with open_remote(NAME, SHARD) as file:
             found = absent_tensors(file, size, SHARD)
