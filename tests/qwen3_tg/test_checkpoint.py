@@ -479,7 +479,7 @@ def test_a_model_of_another_owner_is_found_by_its_whole_name_only(cache):
 def test_a_name_that_is_not_in_the_cache_says_how_to_get_it(cache, typed):
     assert refused(typed) == (
         f"{typed!r} is no directory here, and Qwen/Qwen3-0.6B is not in the local cache "
-        f"({cache}); get it with: hf download Qwen/Qwen3-0.6B"
+        f"({cache}); get it with: qwen3 pull Qwen/Qwen3-0.6B"
     )
 
 

@@ -163,8 +163,8 @@ class TestGenerate:
         ("model", "text"),
         [
             ("/no/such/folder", "no such directory"),
-            ("no-org/no-model", "get it with: hf download no-org/no-model"),
-            ("Qwen3-0.6B", "get it with: hf download Qwen/Qwen3-0.6B"),
+            ("no-org/no-model", "get it with: qwen3 pull no-org/no-model"),
+            ("Qwen3-0.6B", "get it with: qwen3 pull Qwen/Qwen3-0.6B"),
         ],
     )
     def test_a_missing_model_is_one_line_and_exit_code_1(
