@@ -89,7 +89,11 @@ class Linear:
             return x.float().dot(values.float().transpose()).cast(x.dtype)
         values = values.cast(x.dtype)
         if self.weight.format not in FLOATS:
-            values = values.contiguous()
+            x = x.contiguous()
+            first = x.flatten()[0]
+            # True of all numbers, but not of NaN, so tinygrad keeps it: without a need for x, all
+            # matrices of the model would be dequantised first, and be in memory together.
+            values = (first == first).where(values, 0).contiguous()
         return x.dot(values.transpose(), dtype=dtypes.float32).cast(x.dtype)
 
 
