@@ -197,16 +197,17 @@ def _listing(name: str, info: Any) -> Listing:
         raise CheckpointError(f"{name}: the hub's answer has no commit or no files")
     files = {}
     for found in info.siblings:
-        size = found.lfs.size if found.lfs else found.size
-        file = HubFile(
-            found.rfilename, size, found.lfs.sha256 if found.lfs else None, found.blob_id
-        )
-        # both become names on the disk
-        parts = re.split(r"[/\\]", file.name)
-        if not isinstance(size, int) or size < 0 or {"", ".", ".."} & set(parts) or ":" in parts[0]:
-            raise CheckpointError(f"{name}: the hub's answer is strange: a file {file.name!r}")
-        if not re.fullmatch("[0-9a-f]{64}" if file.sha256 else "[0-9a-f]{40}", file.etag):
-            raise CheckpointError(f"{name}: the hub's answer is strange: no sum of {file.name}")
+        lfs = found.lfs
+        size = lfs.size if lfs else found.size
+        file = HubFile(found.rfilename, size, lfs.sha256 if lfs else None, found.blob_id)
+        # Its name and sum become names on the disk, and a terminal shows them. No model needs a
+        # file with a name such as this.
+        parts = set(re.split(r"[/\\]", file.name))
+        if {"", ".", ".."} & parts or ":" in file.name or not file.name.isprintable():
+            continue
+        right_sum = re.fullmatch("[0-9a-f]{64}" if file.sha256 else "[0-9a-f]{40}", file.etag)
+        if not right_sum or not isinstance(size, int) or size < 0:
+            raise CheckpointError(f"{name}: the hub tells no size or sum of {file.name}")
         files[file.name] = file
     return Listing(canonical, info.sha, files)
 

@@ -40,7 +40,8 @@ def cache_folder(name: str) -> Path:
 
 def _in_cache(name: str, kind: str, typed: str) -> Path:
     part = r"\w[\w.-]*"
-    if not re.fullmatch(f"{part}/{part}", name, re.ASCII) or ".." in name or "--" in name:
+    strange = ".." in name or "--" in name or name.endswith(".git")
+    if strange or not re.fullmatch(f"{part}/{part}", name, re.ASCII):
         raise CheckpointError(
             f"{typed!r} is neither a directory nor a model name such as Qwen/Qwen3-0.6B"
         )

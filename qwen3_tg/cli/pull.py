@@ -32,7 +32,7 @@ def pull(options: argparse.Namespace) -> None:
         with _watching(plan) as watcher:
             folder = fetch(plan, watcher)
     except KeyboardInterrupt:
-        terminal.note("\nstopped; the same command goes on where it stopped")
+        terminal.note("stopped; the same command goes on where it stopped")
         raise
     path = folder / plan.files[0].name if kind else folder
     model = _name_for_model(plan, kind, path)
@@ -111,7 +111,8 @@ class _Bars:
             self._all = progress.add_task(label, total=plan.total_bytes, completed=done)
 
     def note(self, text: str) -> None:
-        terminal.note(text)
+        # not through terminal.note: what passes by a live display must be printed by it
+        self._progress.console.print(text, style="dim", markup=False, highlight=False)
 
     def progress(self, file: HubFile, done_bytes: int) -> None:
         if file.name not in self._bars:
@@ -126,7 +127,7 @@ class _Bars:
     def finished(self, file: HubFile) -> None:
         if file.name in self._bars:
             self._progress.update(self._bars[file.name], visible=False)
-        terminal.note(f"{file.name}: {decimal(file.size)}, whole and checked")
+        self.note(f"{file.name}: {decimal(file.size)}, whole and checked")
 
 
 @contextmanager

@@ -369,11 +369,20 @@ class TestFaults:
     ) -> None:
         assert text in pull_fails(capsys, *arguments)
 
+    @pytest.mark.parametrize("name", ["../../../config.json", "/config.json", "c:config.json"])
     def test_names_of_files_stay_in_the_folder(
-        self, hub: Hub, capsys: pytest.CaptureFixture[str]
+        self, hub: Hub, capsys: pytest.CaptureFixture[str], name: str
     ) -> None:
-        hub.models[NAME]["../../../config.json"] = b"{}"
-        assert "the hub's answer is strange" in pull_fails(capsys)
+        hub.models[NAME][name] = hub.models[NAME].pop("config.json")
+        assert f"{NAME} has no config.json on the hub" in pull_fails(capsys)
+
+    def test_a_listing_without_sums_is_refused(
+        self, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listing = hub.listing(NAME)
+        listing["siblings"][0] = listing["siblings"][0] | {"blobId": "../x", "lfs": None}
+        monkeypatch.setattr(Hub, "listing", lambda self, name: listing)
+        assert "the hub tells no size or sum of" in pull_fails(capsys)
 
     def test_offline(
         self, hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
