@@ -1,0 +1,134 @@
+"""Which tensor of a GGUF file has which type: the names that llama.cpp's users know."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qwen3_tg.checkpoint.types import StoredWeight
+from qwen3_tg.quantize.blocks import FLOATS, block_size, row_bytes
+
+# What can be asked for -> (the type of most matrices, llama.cpp's number of such files). The mixes
+# of Q4_K and Q5_K with Q6_K are llama.cpp's _M; its plain K-quants are its _S.
+CHOICES = {
+    "q8_0": ("Q8_0", 7),
+    "q4_0": ("Q4_0", 2),
+    "q4_1": ("Q4_1", 3),
+    "q5_0": ("Q5_0", 8),
+    "q5_1": ("Q5_1", 9),
+    "iq4_nl": ("IQ4_NL", 25),
+    "q2_k": ("Q2_K", 10),
+    "q3_k": ("Q3_K", 11),
+    "q4_k": ("Q4_K", 14),
+    "q5_k": ("Q5_K", 16),
+    "q6_k": ("Q6_K", 18),
+    "q4_k_m": ("Q4_K", 15),
+    "q5_k_m": ("Q5_K", 17),
+    "f16": ("F16", 1),
+    "bf16": ("BF16", 32),
+    "f32": ("F32", 0),
+}
+MIXES = ("q4_k_m", "q5_k_m")
+# For rows that are no whole blocks, as llama.cpp does it (src/llama-quant.cpp); from there F16.
+_NEXT = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to write: `name` is the checkpoint's, `kind` GGUF's without layer (attn_q)."""
+
+    name: str
+    kind: str
+    gguf_name: str
+    type: str
+    stored: StoredWeight
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file that is written."""
+        *rows, inputs = self.stored.shape
+        return math.prod(rows) * row_bytes(inputs, self.type)
+
+
+def choose_types(
+    weights: Mapping[str, StoredWeight], choice: str, embeddings: str | None, layers: int
+) -> tuple[list[Tensor], list[str]]:
+    """Every tensor with its type, and what the user should know.
+
+    `choice` is a key of CHOICES; `embeddings` too, but no mix: the type of token_embd and output.
+    By default token_embd has the type of the others, and output, or token_embd where it is both,
+    Q6_K unless that is less than the others have, as in llama.cpp."""
+    tensors: list[Tensor] = []
+    changed: dict[tuple[str, str, int], set[str]] = defaultdict(set)
+    for name, stored in weights.items():
+        layer, kind = _split(name)
+        wanted = _wanted(kind, layer, layers, choice, embeddings, "lm_head.weight" not in weights)
+        if len(stored.shape) == 1 or kind == "ffn_gate_inp":
+            wanted = "F32"
+        type = _fitting(wanted, stored.shape[-1])
+        if type != wanted:
+            changed[wanted, type, stored.shape[-1]].add(kind)
+        gguf_name = f"{kind}.weight" if layer is None else f"blk.{layer}.{kind}.weight"
+        tensors.append(Tensor(name, kind, gguf_name, type, stored))
+    notes = [
+        f"{', '.join(sorted(kinds))}: rows of {inputs} are no whole blocks of {wanted} "
+        f"({block_size(wanted)}): {type} instead"
+        for (wanted, type, inputs), kinds in changed.items()
+    ]
+    return tensors, notes
+
+
+def _split(name: str) -> tuple[int | None, str]:
+    """A checkpoint's name -> the layer and GGUF's name of its kind."""
+    module = name.removesuffix(".weight")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    return (int(match[1]), _NAMES[match[2]]) if match else (None, _NAMES[module])
+
+
+def _wanted(
+    kind: str, layer: int | None, layers: int, choice: str, embeddings: str | None, tied: bool
+) -> str:
+    base, _ = CHOICES[choice]
+    if kind in ("token_embd", "output") and embeddings:
+        return CHOICES[embeddings][0]
+    if kind == "output" or (kind == "token_embd" and tied):
+        return base if base in (*FLOATS, "Q8_0") else "Q6_K"
+    if choice in MIXES and kind in ("attn_v", "ffn_down", "ffn_down_exps"):
+        assert layer is not None
+        return "Q6_K" if _has_more_bits(layer, layers) else base
+    return base
+
+
+def _has_more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _fitting(type: str, inputs: int) -> str:
+    while inputs % block_size(type):
+        type = _NEXT.get(type, "F16")
+    return type
