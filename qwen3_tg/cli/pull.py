@@ -21,6 +21,8 @@ from qwen3_tg.pull import Plan, fetch, plan_pull
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+_LABEL = 32  # characters of a file's name, so that bars fit in 80 columns
+
 
 def pull(options: argparse.Namespace) -> None:
     """Say what will be fetched, fetch it, and say how to use it."""
@@ -116,8 +118,9 @@ class _Bars:
 
     def progress(self, file: HubFile, done_bytes: int) -> None:
         if file.name not in self._bars:
+            label = file.name if len(file.name) <= _LABEL else "…" + file.name[1 - _LABEL :]
             self._bars[file.name] = self._progress.add_task(
-                file.name, total=file.size, completed=done_bytes
+                label, total=file.size, completed=done_bytes
             )
         self._progress.update(self._bars[file.name], completed=done_bytes)
         self._done[file.name] = done_bytes
@@ -147,7 +150,7 @@ def _watching(plan: Plan) -> Iterator[_Lines | _Bars]:
 
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(12),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
