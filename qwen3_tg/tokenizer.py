@@ -19,17 +19,19 @@ from qwen3_tg.errors import CheckpointError, UsageError
 
 
 class Tokenizer:
-    """`path` is a tokenizer.json. Raises CheckpointError if it is damaged or of another kind."""
+    """`source` is the path of a tokenizer.json, or its text; `where` then names what it is from.
 
-    def __init__(self, path: Path):
-        self._path = path
+    Raises CheckpointError if it is damaged or of another kind."""
+
+    def __init__(self, source: Path | str, where: str = "the checkpoint's tokenizer"):
+        where = str(source) if isinstance(source, Path) else where
         try:
-            self._json = path.read_text(encoding="utf-8")
+            self._json = source if isinstance(source, str) else source.read_text(encoding="utf-8")
             self._tokenizer = HFTokenizer.from_str(self._json)
         except Exception as e:  # the library raises plain Exception
-            raise CheckpointError(f"{path}: not a readable tokenizer: {e}") from None
+            raise CheckpointError(f"{where}: not a readable tokenizer: {e}") from None
         if '"ByteLevel"' not in self._json:
-            raise CheckpointError(f"{path}: not a byte-level tokenizer, which every Qwen3 has")
+            raise CheckpointError(f"{where}: not a byte-level tokenizer, which every Qwen3 has")
         added = self._tokenizer.get_added_tokens_decoder()
         self.added_tokens: dict[str, int] = {token.content: id for id, token in added.items()}
         self._special_ids = frozenset(id for id, token in added.items() if token.special)

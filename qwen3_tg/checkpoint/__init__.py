@@ -6,25 +6,43 @@ module with an `open_...(path) -> Checkpoint` and give it a line in `open_checkp
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from qwen3_tg.checkpoint.gguf import open_gguf
+from qwen3_tg.checkpoint.gguf_names import gguf_models
 from qwen3_tg.checkpoint.hf_directory import open_hf_directory
 from qwen3_tg.checkpoint.locate import locate
 from qwen3_tg.checkpoint.types import Checkpoint, StoredWeight, unpack
-from qwen3_tg.errors import CheckpointError, UnsupportedError
+from qwen3_tg.errors import CheckpointError
 
 __all__ = ["Checkpoint", "StoredWeight", "locate", "open_checkpoint", "unpack"]
 
 
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open `tiny`, a directory, or a hub name that is in the local cache; reads headers only.
+    """Open `tiny`, a directory, a GGUF file, or a hub name that is in the local cache; reads
+    headers only.
 
     Raises CheckpointError naming every file or tensor that is missing or wrong."""
     path = locate(model)
-    if path.is_file():
-        raise UnsupportedError(
-            f"{path}: a single file (GGUF and the like are not supported yet); expected a "
-            "Hugging Face directory with config.json and *.safetensors"
-        )
     try:
-        return open_hf_directory(path)
+        if path.is_dir():
+            path = _gguf_of(path) or path
+        if path.is_dir():
+            return open_hf_directory(path)
+        return open_gguf(path)
     except OSError as e:
         raise CheckpointError(f"{path}: not readable: {e.strerror or e}") from None
+
+
+def _gguf_of(folder: Path) -> Path | None:
+    """The GGUF file, of parts the first, of a folder that has no other weights."""
+    names = [path.name for path in folder.iterdir()]
+    models = gguf_models(names)
+    if not models or any(name.endswith(".safetensors") for name in names):
+        return None
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{folder}: several GGUF models; name the file of one: "
+            + ", ".join(files[0] for files in models.values())
+        )
+    return folder / next(iter(models.values()))[0]

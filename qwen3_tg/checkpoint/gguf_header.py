@@ -197,7 +197,10 @@ def _read_start(reader: _Reader) -> tuple[int, int]:
     """Magic and version; gives the counts of tensors and of keys."""
     magic = reader.take(4, "the header")
     if magic != b"GGUF":
-        raise CheckpointError(f"{reader.where}: not a GGUF file: it begins with {magic!r}")
+        raise CheckpointError(
+            f"{reader.where}: not a GGUF file, it begins with {magic!r}; give a GGUF file, or the "
+            "folder of a Hugging Face checkpoint"
+        )
     version = reader.number("I", "the version")
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
