@@ -133,10 +133,12 @@ def released_config(name: str) -> dict[str, Any]:
     config: dict[str, Any] = dict(released[name.removesuffix("-Base")])
     del config["_meta"]
     if name.endswith("-Base"):
-        end = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["bos_token_id"]}
-        config |= {"max_position_embeddings": 32768} | end
-        config["generation_config"] = end | {
+        end = config["bos_token_id"]
+        config |= {"max_position_embeddings": 32768, "eos_token_id": end}
+        config["generation_config"] = {
+            "bos_token_id": end,
             "do_sample": False,
+            "eos_token_id": end,
             "max_new_tokens": 2048,
             "transformers_version": config["transformers_version"],
         }
@@ -193,7 +195,7 @@ CASES = (
         max_positions=40, experts=Experts(8, 2, 24, normalised=True),
     ),
     family("Qwen3-0.6B", stores_head=True, shard_kb=0),
-    family("Qwen3-0.6B-Base", stores_head=True, shard_kb=0),
+    family("Qwen3-0.6B-Base", shard_kb=0),
     family("Qwen3-1.7B", stores_head=True),
     family("Qwen3-4B"),
     family("Qwen3-4B-Instruct-2507"),
