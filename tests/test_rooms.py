@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a module imports from its own floor or a lower one.
 FLOORS = [
     ["errors"],
-    ["sampling", "stop_strings", "kernel_cache", "compiler", "hub"],
+    ["sampling", "stop_strings", "kernel_cache", "compiler", "yarn", "dequantise", "hub"],
     ["config", "tokenizer", "reply", "device"],
-    ["checkpoint", "chat", "pull"],
+    ["checkpoint", "chat", "pull", "quantize"],
     ["linear", "rope", "kv_cache"],
     ["model"],
     ["generate"],
@@ -25,7 +25,7 @@ FLOORS = [
 ]
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
-WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler"]
+WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn"]
 
 
 def imports(path: Path) -> set[str]:

@@ -184,7 +184,33 @@ def _add_pull(parser: _Parser) -> None:
 
 
 def _add_quantize(parser: _Parser) -> None:
-    """Filled in by the quantize command."""
+    from qwen3_tg.quantize.types import CHOICES, MIXES
+
+    parser.description = "Write a float checkpoint as a GGUF file with fewer bits a weight."
+    parser.add_argument(
+        "model", metavar="MODEL", help="a directory, a GGUF file, a name in the hub cache, or tiny"
+    )
+    parser.add_argument("out", metavar="OUT", help="the file to write: NAME.gguf")
+    parser.add_argument(
+        "--type",
+        type=str.lower,
+        choices=CHOICES,
+        default="q4_k_m",
+        metavar="T",
+        help=f"one of {', '.join(CHOICES)} (default: q4_k_m)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        type=str.lower,
+        choices=[choice for choice in CHOICES if choice not in MIXES],
+        metavar="T",
+        help="another type for the embedding and the output (default: as llama.cpp)",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="measure the perplexity on a text, before and after"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
 
 
 def _add_bench(parser: _Parser) -> None:

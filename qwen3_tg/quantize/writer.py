@@ -88,10 +88,12 @@ def write_gguf(
         writer.add_tensor_info(tensor.gguf_name, shape, dtype, tensor.nbytes, kind)
     _check_space(out, sum(_padded(tensor.nbytes) for tensor in tensors))
     with _part_of(out, overwrite) as part:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file(part)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
         with part.open("ab") as file:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             costs, error = _write_tensors(file, tensors, on_progress)
@@ -204,7 +206,7 @@ def _write_tensors(
     with ThreadPoolExecutor(threads) as pool:
         for tensor in tensors:
             for rounded in _in_order(pool, 2 * threads, tensor):
-                file.write(rounded.data)
+                file.write(rounded.data.tobytes())
                 found = (rounded.weights, rounded.squares, rounded.changes)
                 sums[tensor.kind, tensor.type].add(*found)
                 everything.add(*found)
@@ -213,8 +215,9 @@ def _write_tensors(
                     on_progress(done, total)
             tensor.stored.release()
             file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
+    kinds = list(dict.fromkeys(tensor.kind for tensor in tensors))
     costs = [Cost(*key, found.weights, found.error) for key, found in sums.items()]
-    return costs, everything.error
+    return sorted(costs, key=lambda cost: kinds.index(cost.kind)), everything.error
 
 
 @dataclass(frozen=True)
