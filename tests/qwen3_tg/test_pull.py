@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from format_writers.gguf_file import gguf_parts, write_gguf
+from format_writers.model import random_model
 from hub_server import COMMIT, Fault, Hub, serve, use
 
 from qwen3_tg.checkpoint import locate, open_checkpoint
@@ -184,6 +186,16 @@ class TestGguf:
             locate(GGUF)
         with pytest.raises(CheckpointError, match="no GGUF of type 'Q2_K'; there are Q4_K_M, Q8_0"):
             locate(f"{GGUF}:Q2_K")
+
+    @pytest.mark.parametrize("split", [1, 2])
+    def test_a_pulled_gguf_is_opened(self, hub: Hub, tmp_path: Path, split: int) -> None:
+        config, weights = random_model()
+        written = tmp_path / "written" / "Qwen3-8B-Q8_0.gguf"
+        values = write_gguf(written, config, weights, "Q8_0", split=split)
+        hub.models[GGUF] = {path.name: path.read_bytes() for path in gguf_parts(written)}
+        assert main(["pull", f"{GGUF}:Q8_0"]) == 0
+        assert locate(GGUF).parent.parent.name == "snapshots"
+        assert set(open_checkpoint(GGUF).weights) == set(values)
 
     def test_without_a_type_the_types_are_listed(
         self, hub: Hub, capsys: pytest.CaptureFixture[str]

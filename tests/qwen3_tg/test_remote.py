@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
+from format_writers.gguf_file import write_gguf
+from format_writers.model import random_model
 from hub_server import Fault, Hub, serve, use
 
+from qwen3_tg.checkpoint import gguf_header
 from qwen3_tg.checkpoint.remote import open_remote, remote_files
 from qwen3_tg.checkpoint.safetensors_file import absent_tensors, read_safetensors
 from qwen3_tg.errors import CheckpointError
@@ -74,6 +77,18 @@ class TestOpenRemote:
             name: (t.dtype, t.shape) for name, t in expected.items()
         }
         assert len(hub.ranges(SHARD)) == 1
+
+    def test_the_long_header_of_a_gguf_takes_few_requests(self, hub: Hub, tmp_path: Path) -> None:
+        config, weights = random_model()
+        long = {"general.description": "x" * 1_500_000}  # as long as a tokenizer
+        path = tmp_path / "m.gguf"
+        write_gguf(path, config, weights, "F32", extra_keys=long)
+        with path.open("rb") as local:
+            expected = gguf_header.read_header(local, path.stat().st_size, "m")
+        hub.models[NAME]["m.gguf"] = path.read_bytes()
+        with open_remote(NAME, "m.gguf") as file:
+            assert gguf_header.read_header(file, remote_files(NAME)["m.gguf"].size, "m") == expected
+        assert len(hub.ranges("m.gguf")) < 8
 
     def test_any_place_can_be_read_in_any_order(self, hub: Hub) -> None:
         data, rng = hub.models[NAME]["big.gguf"], random.Random(2)
