@@ -37,7 +37,13 @@ _NO_EFFECT = frozenset(
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
     output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    output_router_logits router_aux_loss_coef
+    """.split()
+)
+# Keys that only a mixture of experts has; the last two do not change its logits.
+_OF_A_MIXTURE = frozenset(
+    """
+    num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+    mlp_only_layers num_local_experts output_router_logits router_aux_loss_coef
     """.split()
 )
 # Keys of generation_config.json that change the text, with the value at which they do not.
@@ -103,10 +109,10 @@ class ModelConfig:
         missing or impossible value."""
         _refuse_other_models(raw, where)
         rope_theta, yarn = read_rope(raw, where)
-        known = set(ModelConfig.__dataclass_fields__) - {"yarn"} | _NO_EFFECT
+        known = set(ModelConfig.__dataclass_fields__) - {"yarn"} - _OF_A_MIXTURE | _NO_EFFECT
+        known |= _OF_A_MIXTURE if raw["model_type"] == "qwen3_moe" else set()
         known |= {"model_type", "layer_types", "rope_scaling", "rope_parameters"}
         known |= {"quantization_config", "quantization"}  # for the readers of weights
-        known |= {"num_local_experts"}
         known |= {key for key, _, _ in _ONE_VALUE}
         if unknown := sorted(set(raw) - known):
             raise UnsupportedError(
@@ -135,7 +141,7 @@ class ModelConfig:
             num_hidden_layers=positive("num_hidden_layers"),
             num_attention_heads=positive("num_attention_heads"),
             num_key_value_heads=positive("num_key_value_heads"),
-            head_dim=positive("head_dim", 128),
+            head_dim=positive("head_dim", _default_head_dim(raw)),
             max_position_embeddings=positive("max_position_embeddings", 32768),
             rms_norm_eps=float(eps),
             rope_theta=rope_theta,
@@ -294,6 +300,14 @@ def _refuse_other_models(raw: Mapping[str, Any], where: str) -> None:
         raise UnsupportedError(
             f"{where}: layer_types must all be 'full_attention', found {layer_types!r}"
         )
+
+
+def _default_head_dim(raw: Mapping[str, Any]) -> int | None:
+    """transformers has 128 for dense models, and for mixtures hidden_size / heads."""
+    if raw["model_type"] == "qwen3":
+        return 128
+    hidden, heads = raw.get("hidden_size"), raw.get("num_attention_heads")
+    return hidden // heads if type(hidden) is type(heads) is int and heads > 0 else None
 
 
 def _read_mixture(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def rope_table(config: ModelConfig, positions: int) -> np.ndarray:
         inv_freq = inv_freq / np.float32(config.yarn.factor) * slowed + inv_freq * (1 - slowed)
         scale = np.float32(config.yarn.attention_factor)
     angles = np.outer(np.arange(positions, dtype=np.float32), inv_freq)  # (positions, Hd/2)
-    table: np.ndarray = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1) * scale
-    return table
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1) * scale
+    return np.asarray(table, dtype=np.float32)
 
 
 def slowed_share(yarn: Yarn, head_dim: int, rope_theta: float) -> np.ndarray:
@@ -59,7 +59,8 @@ def slowed_share(yarn: Yarn, head_dim: int, rope_theta: float) -> np.ndarray:
     first, last = max(first, 0), min(last, head_dim - 1)
     last += 0.001 if first == last else 0
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - first) / (last - first)
-    return np.clip(ramp, 0, 1).astype(np.float32)
+    share: np.ndarray = np.clip(ramp, 0, 1).astype(np.float32)
+    return share
 
 
 def apply_rope(x: Tensor, table: Tensor, start_pos: UOp) -> Tensor:

@@ -16,7 +16,7 @@ FLOORS = [
     ["sampling", "stop_strings", "kernel_cache", "compiler", "yarn", "dequantise", "hub"],
     ["config", "tokenizer", "reply", "device"],
     ["checkpoint", "chat", "pull", "quantize"],
-    ["linear", "rope", "kv_cache"],
+    ["linear", "rope", "kv_cache", "kv_sizes"],
     ["model"],
     ["generate"],
     ["llm"],

@@ -103,13 +103,14 @@ class _Maker:
             "scales": self._array(module, "scales", tuple(_FLOATS), (groups, O)),
         }
         _whole(module, O, 8)
-        return StoredWeight("AWQ", shape, arrays, self._params(I, groups))
+        _whole(module, I, groups)
+        return StoredWeight("AWQ", shape, arrays, {"bits": 4, "group_size": I // groups})
 
     def _gptq(self, module: str, shape: Shape) -> StoredWeight:
+        assert self._quantization
         (O, I), groups = shape, self._groups(module, shape[-1])
-        params = self._params(I, groups)
         words = self._tensor(f"{module}.qweight", ("I32", "U32"))
-        # "dynamic" gives single modules other bits; the shape tells
+        # config.json's "dynamic" gives single modules other bits and groups; the shapes tell
         bits = words.shape[0] * 32 // I if len(words.shape) == 2 else 0
         if bits not in (2, 4, 8):
             raise _Misfit(f"{module}.qweight has shape {words.shape}, which is no 2, 4 or 8 bits")
@@ -121,7 +122,7 @@ class _Maker:
             "qzeros": self._array(module, "qzeros", ("I32", "U32"), (groups, O // per_word)),
             "scales": self._array(module, "scales", tuple(_FLOATS), (groups, O)),
         }
-        size = params["group_size"]
+        size = -(-I // groups)
         if f"{module}.g_idx" in self._tensors:
             group = self._array(module, "g_idx", ("I32",), (I,))
             if self._has_own_order(group, size):
@@ -130,7 +131,8 @@ class _Maker:
                 arrays["g_idx"] = group
         if "g_idx" not in arrays:
             _whole(module, I, size)
-        return StoredWeight("GPTQ", shape, arrays, {**params, "bits": bits})
+        params = {"bits": bits, "group_size": size}
+        return StoredWeight("GPTQ", shape, arrays, {**self._quantization.params, **params})
 
     def _has_own_order(self, group: np.ndarray, size: int) -> bool:
         assert self._quantization
@@ -171,15 +173,11 @@ class _Maker:
         return StoredWeight("MLX", shape, arrays, params)
 
     def _groups(self, module: str, inputs: int) -> int:
-        """Groups along the inputs, by the group size of config.json."""
-        assert self._quantization
-        size = self._quantization.params["group_size"] or inputs
-        return -(-inputs // size)
-
-    def _params(self, inputs: int, groups: int) -> dict[str, int]:
-        assert self._quantization
-        size = self._quantization.params["group_size"] or inputs
-        return {**self._quantization.params, "group_size": size}
+        """Groups along the inputs: the rows of the scales."""
+        shape = self._tensor(f"{module}.scales", tuple(_FLOATS)).shape
+        if not shape or not 0 < shape[0] <= inputs:
+            raise _Misfit(f"{module}.scales has shape {shape}, expected (groups, outputs)")
+        return shape[0]
 
     def _array(self, module: str, part: str, dtypes: tuple[str, ...], shape: Shape) -> np.ndarray:
         return self._tensor(f"{module}.{part}", dtypes, shape).array

@@ -134,7 +134,7 @@ class TestGenerate:
             (["--top-p", "0", "x"], "top_p must be above 0"),
             (["--max-new-tokens", "0", "x"], "--max-new-tokens must be at least 1"),
             (["--context", "0", "x"], "--context must be at least 1"),
-            (["--context", "9999", "x"], "context must be from 1 to 2048"),
+            (["--context", "9999", "x"], "context must be from 1 to 8192"),
             (["--thinking-budget", "-1", "x"], "--thinking-budget must be at least 0"),
             (
                 ["--thinking", "off", "--thinking-budget", "3", "x"],

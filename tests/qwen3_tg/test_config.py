@@ -15,7 +15,9 @@ from qwen3_tg.errors import CheckpointError, UnsupportedError
 RELEASED: dict[str, dict[str, Any]] = read_data("qwen3_configs.json")
 DENSE = [name for name, raw in RELEASED.items() if raw["model_type"] == "qwen3"]
 MOE = [name for name in RELEASED if name not in DENSE]
-FIELDS = list(ModelConfig.__dataclass_fields__)
+MIXTURE = "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob".split()
+MIXTURE += ["decoder_sparse_step", "mlp_only_layers"]
+FIELDS = [f for f in ModelConfig.__dataclass_fields__ if f not in (*MIXTURE, "yarn")]
 
 
 def raw_config(name: str = "Qwen3-0.6B", **changes: Any) -> dict[str, Any]:
@@ -39,15 +41,24 @@ def test_the_released_models_are_eight_dense_and_six_mixtures():
     assert (len(DENSE), len(MOE)) == (8, 6)
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_a_released_dense_model_loads_with_its_own_fields(name):
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_loads_with_its_own_fields(name):
     raw = raw_config(name)
     config = ModelConfig.from_dict(raw)
     assert {field: getattr(config, field) for field in FIELDS} == {f: raw[f] for f in FIELDS}
     assert type(config.rope_theta) is float
+    assert config.yarn is None
+    if name in DENSE:
+        assert config.num_experts == 0
+        assert not any(map(config.is_mixture, range(config.num_hidden_layers)))
+    else:
+        assert {f: getattr(config, f) for f in MIXTURE} == {
+            f: tuple(raw[f]) if f == "mlp_only_layers" else raw[f] for f in MIXTURE
+        }
+        assert all(map(config.is_mixture, range(config.num_hidden_layers)))
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", RELEASED)
 def test_the_keys_of_transformers_5_give_the_same_model(name):
     raw = raw_config(name)
     assert ModelConfig.from_dict(as_transformers_5(raw)) == ModelConfig.from_dict(raw)
@@ -76,7 +87,7 @@ def test_the_shapes_are_those_of_the_technical_report(name, shape, theta):
     assert (c.rope_theta, c.head_dim, c.vocab_size) == (theta, 128, 151_936)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", RELEASED)
 def test_the_weights_add_up_to_the_published_parameter_count(name):
     shapes = ModelConfig.from_dict(raw_config(name)).weight_shapes()
     count = RELEASED[name]["_meta"]["parameter_count_from_config"]
@@ -119,12 +130,33 @@ def test_a_tied_model_has_no_lm_head_of_its_own(name):
     assert ("lm_head.weight" in config.weight_shapes()) == (name == "Qwen3-8B")
 
 
-@pytest.mark.parametrize("name", MOE)
-def test_a_mixture_of_experts_is_refused_by_its_name(name):
-    with pytest.raises(UnsupportedError) as caught:
-        ModelConfig.from_dict(raw_config(name), where="here/config.json")
-    assert str(caught.value).startswith("here/config.json: model_type 'qwen3_moe' (mixture of exp")
-    assert "use a dense Qwen3" in str(caught.value)
+def test_a_layer_is_a_mixture_by_its_number_and_the_list():
+    config = ModelConfig.from_dict(
+        raw_config("Qwen3-30B-A3B", decoder_sparse_step=2, mlp_only_layers=[3], num_hidden_layers=6)
+    )
+    assert [config.is_mixture(i) for i in range(6)] == [False, True, False, False, False, True]
+    shapes = config.weight_shapes()
+    assert shapes["model.layers.1.mlp.gate.weight"] == (128, 2048)
+    assert shapes["model.layers.1.mlp.experts.gate_proj.weight"] == (128, 768, 2048)
+    assert shapes["model.layers.1.mlp.experts.down_proj.weight"] == (128, 2048, 768)
+    assert shapes["model.layers.3.mlp.gate_proj.weight"] == (6144, 2048)
+    assert "model.layers.3.mlp.gate.weight" not in shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_experts": 0}, "num_experts must be a positive integer, found 0"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok 129 is more than num_experts 128"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, found 1"),
+        ({"mlp_only_layers": "0"}, "mlp_only_layers must list layers, found '0'"),
+        ({"decoder_sparse_step": None}, "decoder_sparse_step must be a positive integer"),
+    ],
+)
+def test_an_impossible_mixture_is_refused(changes, says):
+    with pytest.raises(CheckpointError) as caught:
+        ModelConfig.from_dict(raw_config("Qwen3-30B-A3B", **changes))
+    assert says in str(caught.value)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -133,9 +165,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "llama"}, "model_type must be 'qwen3', found 'llama'"),
-        ({"model_type": "qwen2"}, "model_type must be 'qwen3', found 'qwen2'"),
-        ({"model_type": None}, "model_type must be 'qwen3', found None"),
+        ({"model_type": "llama"}, "model_type must be 'qwen3' or 'qwen3_moe', found 'llama'"),
+        ({"model_type": "qwen2"}, "model_type must be 'qwen3' or 'qwen3_moe', found 'qwen2'"),
+        ({"model_type": None}, "model_type must be 'qwen3' or 'qwen3_moe', found None"),
         (
             {"architectures": ["Qwen3ForSequenceClassification"]},
             "architectures must be ['Qwen3ForCausalLM'], found ['Qwen3ForSequenceClassification']",
@@ -148,12 +180,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types must all be 'full_attention', found ['full_attention', 'sliding_att",
         ),
-        ({"quantization_config": {"quant_method": "awq"}}, "(quantization_config: awq)"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "(quantization_config: fp8)"),
-        ({"quantization": {"bits": 4, "group_size": 64}}, "(quantization_config: mlx)"),
-        ({"rope_scaling": YARN}, "rope_scaling: rope_type must be 'default', found 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: rope_type must be 'default', foun"),
-        ({"rope_parameters": YARN}, "rope_parameters: rope_type must be 'default', found 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: rope_type must be 'default' or 'y"),
+        ({"rope_parameters": YARN | {"ext": 1}}, "rope_parameters: unknown key(s) ext"),
         (
             {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
             "rope_parameters: unknown key(s) partial_rotary_factor",
@@ -193,6 +221,16 @@ def test_a_size_that_is_no_positive_integer_is_refused(key, value):
         ({"rope_theta": True}, "rope_theta must be a positive number, found True"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta must be a positive number, found 0"),
         ({"rope_parameters": 5}, "rope_parameters must be an object or null, found 5"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling: factor must be at least 1, fo"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "rope_scaling: factor must be a positive num"),
+        (
+            {"rope_scaling": YARN | {"beta_fast": 0.5}},
+            "rope_scaling: beta_fast 0.5 must not be below be",
+        ),
+        (
+            {"rope_scaling": YARN | {"truncate": 1}},
+            "rope_scaling: truncate must be true or false, fo",
+        ),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object or null, found 'yarn'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, found 1"),
         ({"num_attention_heads": 12}, "num_attention_heads 12 is not a multiple of num_key_va"),

@@ -202,8 +202,8 @@ def test_an_empty_prompt_is_refused(llm: LLM) -> None:
 
 
 def test_context_is_within_what_the_model_was_made_for() -> None:
-    with pytest.raises(UsageError, match=r"context must be from 1 to 2048 .* found 4096"):
-        qwen3_tg.load("tiny", context=4096)
+    with pytest.raises(UsageError, match=r"context must be from 1 to 8192 .* found 8193"):
+        qwen3_tg.load("tiny", context=8193)
 
 
 class TestCheckpointsThatLackSomething:
