@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import with_cache
-from tinygrad import dtypes
+from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
 
 from qwen3_tg import compiler, device
 from qwen3_tg.checkpoint import StoredWeight
 from qwen3_tg.errors import DeviceError, UsageError
+from qwen3_tg.dequantise import from_float16
 from qwen3_tg.linear import to_device
 
 
@@ -111,11 +112,22 @@ def test_a_weight_keeps_its_exact_values_on_the_device(format: str, native: bool
     values = np.array([[1.5, -0.0078125, 3.0], [0.0, 255.0, -2.0]], dtype=np.float32)
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     stored = bits if format == "bfloat16" else values.astype(format)
-    formats = {"float32", format} if native else {"float32"}
-    tensor = to_device(StoredWeight(format, stored), "CPU", formats, "float32")
+    formats = frozenset({"float32", format} if native else {"float32"})
+    weight = to_device(StoredWeight(format, values.shape, {"data": stored}), "CPU", formats)
+    tensor = weight.arrays["data"]
     assert tensor.device == "CPU"
-    assert tensor.dtype == (getattr(dtypes, format) if native else dtypes.float32)
-    assert np.array_equal(tensor.float().numpy(), values)
+    assert weight.nbytes == stored.nbytes, "a weight stays as it is stored"
+    as_bits = {"float32": dtypes.float32, "float16": dtypes.int16, "bfloat16": dtypes.uint16}
+    as_bits |= {"float16": dtypes.float16} if native else {}
+    assert tensor.dtype == as_bits[format]
+    assert np.array_equal(weight.values().float().numpy(), values)
+
+
+def test_every_float16_is_decoded_without_float16() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    bits = bits[bits & 0x7C00 != 0x7C00]  # infinities and NaN are in no weight
+    found = from_float16(Tensor(bits, device="CPU")).numpy()
+    assert np.array_equal(found, bits.view(np.float16).astype(np.float32))
 
 
 class TestCompiler:

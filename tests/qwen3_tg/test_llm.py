@@ -275,11 +275,11 @@ class TestCheckpointsThatLackSomething:
         copy.chmod(0o700)
 
     def test_other_formats_are_named(self, copy: Path) -> None:
-        (copy / "model.safetensors").rename(copy / "model.gguf")
-        with pytest.raises(CheckpointError, match=r"model\.gguf: not supported yet"):
+        (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not supported"):
             qwen3_tg.load(str(copy))
-        with pytest.raises(CheckpointError, match="GGUF and the like are not supported yet"):
-            qwen3_tg.load(str(copy / "model.gguf"))
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a GGUF file"):
+            qwen3_tg.load(str(copy / "pytorch_model.bin"))
 
     def test_a_broken_tokenizer_is_one_clear_error(self, copy: Path) -> None:
         (copy / "tokenizer.json").write_text("{}")
