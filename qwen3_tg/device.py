@@ -2,7 +2,7 @@
 
 tinygrad brings the devices. A device counts as working when it could be opened and one kernel gave
 the right numbers on it. Touches tinygrad's internals: `Device`, `ALL_DEVICES`, `DEV`, a renderer's
-`supported_dtypes`, and the CPU device's `wait_timeout_ms`.
+`supported_dtypes`, an allocator's `free_cache`, and the CPU device's `wait_timeout_ms`.
 """
 
 from __future__ import annotations
@@ -123,6 +123,16 @@ def check_memory(policy: Policy, weights_bytes: int) -> None:
             f"the weights take {weights_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
             "of memory are free: take a smaller model or a larger machine"
         )
+
+
+def free_unused(name: str) -> None:
+    """Give freed buffers back to the system: tinygrad keeps them for others of the same size."""
+    from tinygrad.device import Device
+
+    device = Device[name]
+    if hasattr(device.allocator, "free_cache"):
+        device.synchronize()
+        device.allocator.free_cache()
 
 
 def _pick(device: str | None) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 Layout: k and v of a layer are (B, capacity, K, Hd) each. Position comes before head so that a row's
 address does not depend on the capacity. A cache starts small and grows in steps, so that a model
 with room for 40,960 tokens does not take the memory of 40,960 tokens for a short chat; while it
-grows, the old and the new one exist side by side.
+grows, the old and the new one exist side by side. How large it is: kv_sizes.py.
 
 Touches tinygrad's internals: `UOp.store` and `UOp.after`, the write that may stand in a `function`.
 """
@@ -14,9 +14,8 @@ from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 
 from qwen3_tg.config import ModelConfig
-
-FIRST_STEP = 2048  # positions; each later step is GROWTH times as large
-GROWTH = 2
+from qwen3_tg.device import free_unused
+from qwen3_tg.kv_sizes import first_capacity, grown_capacity
 
 
 class LayerCache:
@@ -48,7 +47,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, limit: int, dtype: DType, device: str):
         self._config, self._dtype, self._device = config, dtype, device
         self.limit = limit
-        self.layers = self._allocate(min(limit, FIRST_STEP))
+        self.layers = self._allocate(first_capacity(limit))
 
     @property
     def capacity(self) -> int:
@@ -59,14 +58,15 @@ class KVCache:
         """Take new buffers with room for at least `positions`, keeping what is there: all of them
         or, where it breaks off, none. Graphs captured on the old buffers must not run again."""
         assert self.capacity < positions <= self.limit, "the caller checks the context"
-        capacity = used = self.capacity
-        while capacity < positions:
-            capacity = min(self.limit, capacity * GROWTH)
-        layers = self._allocate(capacity)
+        used = self.capacity
+        free_unused(self._device)  # what those graphs used
+        layers = self._allocate(grown_capacity(used, positions, self.limit))
         for before, now in zip(self.layers, layers, strict=True):
             now.k[:, :used].assign(before.k).realize()
             now.v[:, :used].assign(before.v).realize()
         self.layers = layers
+        del before
+        free_unused(self._device)  # no later buffer has the size of an old one
 
     def _allocate(self, capacity: int) -> list[LayerCache]:
         one = (self._config, capacity, self._dtype, self._device)

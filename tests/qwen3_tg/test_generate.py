@@ -12,7 +12,7 @@ from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import Context
 
 import qwen3_tg
-from qwen3_tg import kv_cache
+from qwen3_tg import kv_sizes
 from qwen3_tg.errors import ContextError, DeviceError, UsageError
 from qwen3_tg.generate import Engine, Generation
 from qwen3_tg.sampling import Sampling
@@ -159,8 +159,8 @@ def test_no_length_is_compiled_anew(engine: Engine, ids: list[int]) -> None:
 def test_a_cache_that_grows_keeps_what_it_holds(
     ids: list[int], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "FIRST_STEP", 40)
-    monkeypatch.setattr(kv_cache, "GROWTH", 2)
+    monkeypatch.setattr(kv_sizes, "FIRST_STEP", 40)
+    monkeypatch.setattr(kv_sizes, "GROWTH", 2)
     engine = new_engine()
     assert engine._cache.capacity == 40
     assert_close(engine.next_logits(ids[:5]), expected[4], FLOAT32_TOLERANCE)
@@ -182,7 +182,7 @@ def test_a_growth_that_breaks_off_leaves_the_cache_as_it_was(
     at: int,
     error: type[BaseException],
 ) -> None:
-    monkeypatch.setattr(kv_cache, "FIRST_STEP", 64)
+    monkeypatch.setattr(kv_sizes, "FIRST_STEP", 64)
     engine = new_engine()
     engine.next_logits(ids[:20])
     real, calls = getattr(Tensor, name), []
@@ -199,7 +199,7 @@ def test_a_growth_that_breaks_off_leaves_the_cache_as_it_was(
     assert engine._cache.capacity == 64
     assert_close(engine.next_logits(ids[:30]), expected[29], FLOAT32_TOLERANCE)
     assert_close(engine.next_logits(ids[:75]), expected[74], FLOAT32_TOLERANCE)
-    assert engine._cache.capacity == 128
+    assert engine._cache.capacity == 160
 
 
 def test_generation_ends_where_the_context_is_full(ids: list[int]) -> None:
