@@ -73,14 +73,13 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> str | None:
         raise UnsupportedError(
             f"{where}: tokenizer.ggml.token_type of token {id} is {kinds[id]}; known are {allowed}"
         )
-    named = list(zip(kinds.tolist(), tokens, strict=True))
-    vocab = {token: id for id, (kind, token) in enumerate(named) if kind == _NORMAL}
-    if len(vocab) < int((kinds == _NORMAL).sum()):
+    normal = np.flatnonzero(kinds == _NORMAL).tolist()
+    vocab = {tokens[id]: id for id in normal}
+    if len(vocab) < len(normal):
         raise CheckpointError(f"{where}: tokenizer.ggml.tokens has the same token twice")
     added = [
-        _added_token(id, token, special=kind == _CONTROL)
-        for id, (kind, token) in enumerate(named)
-        if kind in (_CONTROL, _USER_DEFINED)
+        _added_token(id, tokens[id], special=bool(kinds[id] == _CONTROL))
+        for id in np.flatnonzero(np.isin(kinds, (_CONTROL, _USER_DEFINED))).tolist()
     ]
     return _tokenizer_json(vocab, merges, added)
 
