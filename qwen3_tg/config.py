@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_tg.errors import CheckpointError, UnsupportedError
-from qwen3_tg.yarn import Yarn, for_context, read_rope
+from qwen3_tg.yarn import Yarn, for_context, longest_context, read_rope
 
 _LARGEST = sys.float_info.max  # JSON holds integers beyond it, and Infinity
 # Keys that do not change the logits of a Qwen3 text model.
@@ -163,6 +163,11 @@ class ModelConfig:
         and a remark for the user ("" for none). Raises UsageError with the reason."""
         found, yarn, remark = for_context(self.max_position_embeddings, self.yarn, context)
         return replace(self, yarn=yarn), found, remark
+
+    @property
+    def longest_context(self) -> int:
+        """The most that with_context takes."""
+        return longest_context(self.max_position_embeddings, self.yarn)
 
     def is_mixture(self, layer: int) -> bool:
         """Whether a layer has experts in place of its MLP."""

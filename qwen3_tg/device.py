@@ -8,7 +8,9 @@ the right numbers on it. Touches tinygrad's internals: `Device`, `ALL_DEVICES`, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _CPU_PATIENCE_MS = 3_600_000.0
 _MEMINFO = Path("/proc/meminfo")
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SOFTWARE_CL = ("pocl", "llvmpipe", "cpu")  # OpenCL drivers that are the CPU, only slower
+_WITHOUT_MEMORY_PLANNER = ("CL", "WEBGPU")  # tinygrad's schedule/memory.py: they have no views
 _MISSING = {
     "METAL": "only on macOS with Apple Silicon or an AMD GPU",
     "AMD": "no AMD GPU with the amdgpu kernel driver (/dev/kfd) found",
@@ -105,31 +108,122 @@ def reports() -> list[DeviceReport]:
     return found
 
 
-def check_memory(policy: Policy, weights_bytes: int) -> None:
-    """Refuse weights that the free memory cannot hold, where that is known: on a CPU under Linux.
-    Without this the system would kill the process in the middle. Raises DeviceError."""
-    if _family(policy.device) != "CPU":
-        return
+def imagined(memory_bytes: int, kv_dtype: str | None = None) -> Policy:
+    """The policy of a GPU that is not there, with so much memory."""
+    return Policy(
+        device=f"a GPU with {memory_bytes / 2**30:.1f} GiB",
+        dtype="bfloat16",
+        kv_dtype=kv_dtype or "bfloat16",
+        native=frozenset(DTYPE_NAMES),
+        prefill_chunk=_PREFILL_CHUNK_ELSEWHERE,
+        reason="imagined",
+    )
+
+
+def shares_scratch(name: str) -> bool:
+    """Whether tinygrad lets the values of a graph take each other's place in memory."""
+    return _family(name) not in _WITHOUT_MEMORY_PLANNER
+
+
+def free_memory(name: str) -> int | None:
+    """Bytes that a working device still has for us; None where that is not known."""
+    ask = _FREE_MEMORY.get(_family(name))
+    try:
+        return ask(name) if ask else None
+    except Exception:  # drivers fail in every way there is, and to know it is not needed to run
+        return None
+
+
+def check_memory(policy: Policy, bytes_by_part: Mapping[str, int]) -> None:
+    """Refuse a model that the free memory cannot hold, where that is known. Without this the system
+    would kill the process in the middle. Raises DeviceError."""
+    needed, free = sum(bytes_by_part.values()), free_memory(policy.device)
+    if free is not None and needed > free:
+        parts = ", ".join(f"{part} {_gib(nbytes)}" for part, nbytes in bytes_by_part.items())
+        raise DeviceError(
+            f"the model takes {_gib(needed)} ({parts}) and {_gib(free)} of memory are free on "
+            f"{policy.device}: take a smaller model or a larger machine (qwen3 plan says what fits)"
+        )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _free_cpu(name: str) -> int | None:
+    """Under Linux, with the limit of a container."""
     try:
         lines = _MEMINFO.read_text().splitlines()
     except OSError:
-        return
+        return None
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     with contextlib.suppress(OSError, ValueError):  # ValueError: "max", where there is no limit
         available.append(int(_CONTAINER_LIMIT.read_text()))
-    free = min(available, default=weights_bytes)
-    if weights_bytes > free:
-        raise DeviceError(
-            f"the weights take {weights_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-            "of memory are free: take a smaller model or a larger machine"
-        )
+    return min(available, default=None)
+
+
+def _free_cuda(name: str) -> int:
+    from tinygrad.device import Device
+    from tinygrad.runtime.autogen import cuda
+
+    device: Any = Device[name]
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if cuda.cuCtxSetCurrent(device.context) or cuda.cuMemGetInfo_v2(free, total):
+        raise OSError("cuMemGetInfo failed")
+    return free.value
+
+
+def _free_nv(name: str) -> int:
+    """By the library of NVIDIA's own tool, nvidia-smi."""
+
+    class Memory(ctypes.Structure):
+        _fields_ = [(field, ctypes.c_ulonglong) for field in ("total", "free", "used")]
+
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    handle, memory = ctypes.c_void_p(), Memory()
+    number = int(name.partition(":")[2] or 0)
+    if (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(handle))
+        or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+    ):
+        raise OSError("NVML failed")
+    return int(memory.free)
+
+
+def _free_amd(name: str) -> int:
+    from tinygrad.device import Device
+
+    device: Any = Device[name]
+    folder = Path(device.iface.dev_sysfs_path)
+    total, used = (
+        int((folder / f"mem_info_vram_{what}").read_text()) for what in ("total", "used")
+    )
+    return total - used
+
+
+def _free_metal(name: str) -> int:
+    from tinygrad.device import Device
+
+    device: Any = Device[name]
+    system = device.sysdevice
+    return int(system.recommendedMaxWorkingSetSize()) - int(system.currentAllocatedSize())
+
+
+_FREE_MEMORY: dict[str, Callable[[str], int | None]] = {
+    "CPU": _free_cpu,
+    "CUDA": _free_cuda,
+    "NV": _free_nv,
+    "AMD": _free_amd,
+    "METAL": _free_metal,
+}
 
 
 def free_unused(name: str) -> None:
     """Give freed buffers back to the system: tinygrad keeps them for others of the same size."""
     from tinygrad.device import Device
 
-    device = Device[name]
+    device: Any = Device[name]
     if hasattr(device.allocator, "free_cache"):
         device.synchronize()
         device.allocator.free_cache()

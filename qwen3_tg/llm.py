@@ -23,6 +23,7 @@ from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import ChatError, CheckpointError, UsageError, check_count
 from qwen3_tg.kernel_cache import KernelCache
+from qwen3_tg.plan import ModelSize, load_factor, make_plan
 from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
 from qwen3_tg.stop_strings import StopStrings
@@ -344,7 +345,9 @@ def _start_engine(
     kernels.load()
 
     total, done = sum(weight.device_bytes for weight in stored.values()), 0
-    devices.check_memory(policy, total)
+    factor = load_factor(policy.device) or 1.0
+    plan = make_plan(ModelSize.of(config, stored), policy, context, factor)
+    devices.check_memory(policy, plan.first_parts)
     weights = {}
     for weight_name, weight in stored.items():
         weights[weight_name] = to_device(weight, policy.device, policy.native)

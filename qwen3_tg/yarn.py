@@ -131,15 +131,10 @@ def for_context(
     `context` None keeps what the checkpoint says. A wished context decides itself: no YaRN up to
     the native length, and beyond it the smallest factor that reaches. Raises UsageError with the
     reason for a context that the model cannot take."""
-    if yarn:
-        original = native = yarn.original_max_position_embeddings
-    else:
-        native = max_position_embeddings
-        original = _TRAINED.get(native, native)
+    original, native, most = _lengths(max_position_embeddings, yarn)
     if context is None:
         longest = max(max_position_embeddings, yarn.longest) if yarn else native
         return longest, yarn, f"{yarn}, set by the checkpoint; {_cost(native)}" if yarn else ""
-    most = max(round(original * LARGEST_FACTOR), native, yarn.longest if yarn else 0)
     if context not in range(1, most + 1):
         raise UsageError(
             f"context must be from 1 to {most} for this model, found {context}: it was trained on "
@@ -155,6 +150,22 @@ def for_context(
         )
     chosen = Yarn.of(context / original, original)
     return context, chosen, f"{chosen}, for {context} tokens; {_cost(native)}"
+
+
+def longest_context(max_position_embeddings: int, yarn: Yarn | None) -> int:
+    """The most that can be wished for."""
+    return _lengths(max_position_embeddings, yarn)[2]
+
+
+def _lengths(max_position_embeddings: int, yarn: Yarn | None) -> tuple[int, int, int]:
+    """Trained length, the most without YaRN, the most with it."""
+    if yarn:
+        original = native = yarn.original_max_position_embeddings
+    else:
+        native = max_position_embeddings
+        original = _TRAINED.get(native, native)
+    most = max(round(original * LARGEST_FACTOR), native, yarn.longest if yarn else 0)
+    return original, native, most
 
 
 def _cost(native: int) -> str:

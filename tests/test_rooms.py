@@ -17,7 +17,7 @@ FLOORS = [
     ["config", "tokenizer", "reply", "device"],
     ["checkpoint", "chat", "pull", "quantize"],
     ["linear", "rope", "kv_cache", "kv_sizes"],
-    ["model"],
+    ["model", "plan"],
     ["generate"],
     ["llm"],
     ["cli"],
@@ -25,7 +25,7 @@ FLOORS = [
 ]
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
-WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn"]
+WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "plan"]
 
 
 def imports(path: Path) -> set[str]:

@@ -75,11 +75,12 @@ def test_by_itself_the_first_that_works_is_taken_but_no_software_opencl(
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is unknown here")
-def test_weights_larger_than_the_free_memory_are_refused() -> None:
+def test_a_model_larger_than_the_free_memory_is_refused_with_what_takes_how_much() -> None:
     policy = device.choose("CPU")
-    device.check_memory(policy, 10**6)
-    with pytest.raises(DeviceError, match=r"weights take 931322.6 GiB and [\d.]+ GiB of memory"):
-        device.check_memory(policy, 10**15)
+    device.check_memory(policy, {"weights": 10**6})
+    text = r"takes 931322.9 GiB \(weights 931322.6 GiB, cache 0.3 GiB\) and [\d.]+ GiB of memory"
+    with pytest.raises(DeviceError, match=text):
+        device.check_memory(policy, {"weights": 10**15, "cache": 3 * 10**8})
 
 
 def test_the_report_names_every_device_once_and_never_raises() -> None:
@@ -95,15 +96,15 @@ def test_the_memory_limit_of_a_container_counts_and_an_unknown_one_does_not(
     policy = device.choose("CPU")
     monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(device, "_CONTAINER_LIMIT", tmp_path / "memory.max")
-    device.check_memory(policy, 10**15)  # nothing is known
+    device.check_memory(policy, {"weights": 10**15})  # nothing is known
     (tmp_path / "meminfo").write_text("MemTotal:  8 kB\n")
     (tmp_path / "memory.max").write_text("max\n")
-    device.check_memory(policy, 10**15)
+    device.check_memory(policy, {"weights": 10**15})
     (tmp_path / "meminfo").write_text("MemTotal: 9999999 kB\nMemAvailable: 9999999 kB\n")
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
-    device.check_memory(policy, 2**30)
-    with pytest.raises(DeviceError, match=r"weights take 2\.0 GiB and 1\.0 GiB of memory"):
-        device.check_memory(policy, 2 * 2**30)
+    device.check_memory(policy, {"weights": 2**30})
+    with pytest.raises(DeviceError, match=r"2\.0 GiB \(weights 2\.0 GiB\) and 1\.0 GiB of memory"):
+        device.check_memory(policy, {"weights": 2 * 2**30})
 
 
 @pytest.mark.parametrize("format", ["float32", "float16", "bfloat16"])

@@ -1,0 +1,118 @@
+"""What the graphs of prefill and decode need besides weights, cache and tables: an estimate.
+
+tinygrad lays what a graph computes in between into one buffer, in which later values take the place
+of earlier ones. The formula is the largest of what is there together: the attention scores, twice;
+or the matrices of an MLP, dequantised for a chunk of positions (linear.py). It is made to fit by a
+factor that is measured once a device, with the embedded model, and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from qwen3_tg import compiler
+from qwen3_tg.checkpoint.types import FLOATS, TABLE_BLOCKS, StoredWeight
+from qwen3_tg.config import ModelConfig
+from qwen3_tg.device import Policy, shares_scratch
+
+_FLOAT32 = 4
+_FILE = "scratch.json"
+# What a factor can sensibly be; anything else in the file is not believed.
+_LEAST, _MOST = 0.1, 10.0
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of a model's weights, what planning needs: their bytes on the device, whether any of its
+    matrices are packed, and the packed bytes of one expert."""
+
+    config: ModelConfig
+    weights_bytes: int
+    is_packed: bool
+    expert_bytes: int
+
+    @staticmethod
+    def of(config: ModelConfig, weights: Mapping[str, StoredWeight]) -> ModelSize:
+        in_layers = {name: w for name, w in weights.items() if name.startswith("model.layers.")}
+        packed = {
+            name: weight
+            for name, weight in in_layers.items()
+            if weight.format not in FLOATS and weight.format not in TABLE_BLOCKS
+        }
+        experts: dict[str, int] = {}
+        for name, weight in packed.items():
+            layer, expert, _ = name.partition(".mlp.experts.")
+            if expert:
+                experts[layer] = experts.get(layer, 0) + weight.device_bytes
+        return ModelSize(
+            config,
+            sum(weight.device_bytes for weight in weights.values()),
+            bool(packed),
+            max(experts.values(), default=0) // max(config.num_experts, 1),
+        )
+
+
+def scratch_bytes(size: ModelSize, policy: Policy, capacity: int, factor: float = 1.0) -> int:
+    """What both graphs hold when the cache has this capacity."""
+    one = FLOATS[policy.dtype]
+    prefill = _phases(size, policy.prefill_chunk, capacity, one)
+    decode = _phases(size, 1, capacity, one)
+    if shares_scratch(policy.device):
+        return round((max(prefill) + max(decode)) * factor)
+    layers = size.config.num_hidden_layers
+    return round((sum(prefill) + sum(decode)) * layers * factor)
+
+
+def _phases(size: ModelSize, S: int, capacity: int, one: int) -> tuple[int, int]:
+    """Bytes of attention and of the MLP for S new positions, `one` for a value of theirs."""
+    config = size.config
+    H, Hd, D = config.num_attention_heads, config.head_dim, config.hidden_size
+    stream = 2 * S * D * one
+    attention = 2 * H * S * capacity * _FLOAT32 + S * H * Hd * one + stream
+    dequantised = size.is_packed and S > 1
+    # o_proj has been dequantised before; the place it leaves is too small for the next ones
+    matrices = H * Hd * D * one if dequantised else 0
+    if config.num_experts:
+        k, F = config.num_experts_per_tok, config.moe_intermediate_size
+        router = 4 * S * config.num_experts * _FLOAT32
+        return attention, S * k * ((2 * F + D) * one + size.expert_bytes) + router + matrices
+    F = config.intermediate_size
+    matrices += 2 * F * D * one if dequantised else 0
+    return attention, 2 * S * F * one + stream + matrices
+
+
+def load_factor(device: str) -> float | None:
+    """The factor that was measured on a device, or None."""
+    value = _read().get(_key(device))
+    return value if isinstance(value, float) and _LEAST <= value <= _MOST else None
+
+
+def save_factor(device: str, factor: float) -> None:
+    """Keep a measured factor; where nothing can be written it is measured again next time."""
+    found = _read() | {_key(device): factor}
+    part = _path().with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        part.replace(_path())
+
+
+def _path() -> Path:
+    return compiler.cache_dir() / _FILE
+
+
+def _key(device: str) -> str:
+    return f"{device} tinygrad {version('tinygrad')}"
+
+
+def _read() -> dict[str, object]:
+    try:
+        found = json.loads(_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
