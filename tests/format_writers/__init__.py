@@ -6,7 +6,7 @@ Face names: a float32 checkpoint of those (`write_float`) must give the same log
 code with the product or the reference: only numpy, ml_dtypes, safetensors and gguf.
 """
 
-from format_writers.gguf_blocks import BLOCK_TYPES, dequantise, quantise
+from format_writers.gguf_blocks import BLOCK_TYPES, TABLE_TYPES, dequantise, quantise
 from format_writers.gguf_file import gguf_name, gguf_parts, write_gguf
 from format_writers.model import (
     Config,
@@ -20,6 +20,7 @@ from format_writers.packed import write_awq, write_fp8, write_gptq, write_mlx
 
 __all__ = [
     "BLOCK_TYPES",
+    "TABLE_TYPES",
     "Config",
     "Weights",
     "dequantise",
