@@ -20,6 +20,7 @@ FLOORS = [
     ["model", "plan"],
     ["generate"],
     ["llm"],
+    ["bench"],
     ["cli"],
     ["__main__"],
 ]

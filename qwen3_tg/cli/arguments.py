@@ -21,6 +21,7 @@ COMMANDS = {
     "quantize": "quantize:quantize",
     "bench": "bench:bench",
 }
+DTYPES = ("float32", "float16", "bfloat16")
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
 
@@ -109,7 +110,8 @@ def _parser(command: str | None) -> _Parser:
         "--model",
         default="tiny",
         metavar="M",
-        help="a Hugging Face directory, a name in the local hub cache (Qwen/Qwen3-0.6B), or tiny",
+        help="a Hugging Face directory, a GGUF file, a name in the local hub cache "
+        "(Qwen/Qwen3-0.6B, or Qwen/Qwen3-8B-GGUF:Q4_K_M), or tiny",
     )
     if command == "tokenize":
         _add_tokenize(parser)
@@ -126,16 +128,27 @@ def _parser(command: str | None) -> _Parser:
 
 def _add_run(parser: _Parser) -> None:
     run = parser.add_argument_group("where it runs")
+    _add_device(run)
+    run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
+
+
+def _add_device(run: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     run.add_argument("--device", metavar="D", help="CPU, METAL, AMD, CUDA ... (see: qwen3 devices)")
     run.add_argument(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="what it computes in; by default the best the device does well",
     )
     run.add_argument(
-        "--context", type=int, metavar="N", help="most tokens of prompt and answer together"
+        "--kv-dtype", choices=DTYPES, help="of the cache of keys and values; by default as --dtype"
     )
-    run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
+    run.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="most tokens of prompt and answer together; beyond what the model was made for, YaRN "
+        "is switched on with the factor it takes",
+    )
 
 
 def _add_generation(parser: _Parser) -> None:
@@ -172,7 +185,30 @@ def _add_tokenize(parser: _Parser) -> None:
 
 
 def _add_plan(parser: _Parser) -> None:
-    """Filled in by the plan command."""
+    parser.description = (
+        "Show how much memory a model takes, before it is downloaded: exactly for weights and\n"
+        "cache; scratch is an estimate. Reads headers only, on the hub too."
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a released name (Qwen3-32B, Qwen3-32B-AWQ), a name on the hub, a directory, a file",
+    )
+    parser.add_argument(
+        "--quant",
+        metavar="Q",
+        help="what it would take if quantised so: q4_k_m, awq ... or several, q8_0,q4_k_m; all",
+    )
+    parser.add_argument(
+        "--context", metavar="N", help="tokens of prompt and answer together; or several, 4096,32768"
+    )
+    parser.add_argument("--kv-dtype", choices=DTYPES, help="of the cache of keys and values")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="plan for a GPU with so much, such as 24GB, not for this one"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--markdown", action="store_true", help="a table for documents")
 
 
 def _add_pull(parser: _Parser) -> None:
@@ -214,7 +250,16 @@ def _add_quantize(parser: _Parser) -> None:
 
 
 def _add_bench(parser: _Parser) -> None:
-    """Filled in by the bench command."""
+    parser.add_argument(
+        "model", nargs="?", default="tiny", metavar="MODEL", help="as --model elsewhere; tiny"
+    )
+    _add_device(parser)
+    counts = (("-p", 128, "tokens of the prompt"), ("-n", 32, "tokens to decode after it"))
+    for option, default, what in (*counts, ("-r", 3, "rounds, after one that is not counted")):
+        parser.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
 # Commands that take none of the options of a run.
