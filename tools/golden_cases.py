@@ -111,7 +111,7 @@ def family(name: str, stores_head: bool = False, shard_kb: int = 64) -> Case:
         H=config["num_attention_heads"] // 4,
         K=config["num_key_value_heads"] // 4,
         Hd=config["head_dim"] // 16,
-        S=24,
+        S=36,
         tied=config["tie_word_embeddings"],
         dtype=config["torch_dtype"],
         theta=config["rope_theta"],
