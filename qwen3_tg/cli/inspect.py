@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from qwen3_tg import device as devices
-from qwen3_tg.checkpoint import locate
+from qwen3_tg.checkpoint import locate, open_checkpoint
 from qwen3_tg.cli.arguments import read_text
 from qwen3_tg.errors import CheckpointError, DeviceError, UsageError
 from qwen3_tg.tokenizer import Tokenizer
@@ -13,10 +14,7 @@ from qwen3_tg.tokenizer import Tokenizer
 
 def tokenize(options: argparse.Namespace) -> None:
     """Print a line a token: its id and its text; or ids, or a count, or the text of ids."""
-    directory = locate(options.model)
-    if not (directory / "tokenizer.json").is_file():
-        raise CheckpointError(f"{directory}: no tokenizer.json in it")
-    tokenizer = Tokenizer(directory / "tokenizer.json")
+    tokenizer = Tokenizer(_tokenizer_of(options.model), options.model)
     text = read_text(options.prompt, keep_end=True)
     if not text:
         raise UsageError("no text: qwen3 tokenize TEXT, or pipe one in")
@@ -37,6 +35,18 @@ def tokenize(options: argparse.Namespace) -> None:
         for id in ids:
             part = tokenizer.token_bytes(id)
             print(f"{id:>6}  {_shown(part)}")
+
+
+def _tokenizer_of(model: str) -> Path | str:
+    """A folder's tokenizer.json, which is enough without weights; or what a GGUF file holds."""
+    path = locate(model)
+    if (path / "tokenizer.json").is_file():
+        return path / "tokenizer.json"
+    if path.is_dir() and not any(path.glob("*.gguf")):
+        raise CheckpointError(f"{path}: no tokenizer.json in it")
+    if (tokenizer := open_checkpoint(model).tokenizer) is None:
+        raise CheckpointError(f"{path}: no tokenizer in it")
+    return tokenizer
 
 
 def show_devices(options: argparse.Namespace) -> None:
