@@ -108,16 +108,31 @@ def reports() -> list[DeviceReport]:
     return found
 
 
-def imagined(memory_bytes: int, kv_dtype: str | None = None) -> Policy:
+def imagined(memory_bytes: int | None = None, kv_dtype: str | None = None) -> Policy:
     """The policy of a GPU that is not there, with so much memory."""
     return Policy(
-        device=f"a GPU with {memory_bytes / 2**30:.1f} GiB",
+        device="a GPU" if memory_bytes is None else f"a GPU with {_gib(memory_bytes)}",
         dtype="bfloat16",
         kv_dtype=kv_dtype or "bfloat16",
         native=frozenset(DTYPE_NAMES),
         prefill_chunk=_PREFILL_CHUNK_ELSEWHERE,
         reason="imagined",
     )
+
+
+def working_policies(kv_dtype: str | None = None) -> list[Policy]:
+    """That of every device that works here, the one that would be chosen first. A device without
+    this type for keys and values is left out."""
+    found = [
+        choose(report.name, kv_dtype=kv_dtype)
+        for report in reports()
+        if not report.problem and kv_dtype in (None, *report.native)
+    ]
+    try:
+        first = choose(kv_dtype=kv_dtype).device
+    except DeviceError:
+        return found
+    return sorted(found, key=lambda policy: policy.device != first)
 
 
 def shares_scratch(name: str) -> bool:

@@ -47,6 +47,11 @@ class Engine:
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
         self._graphs: dict[str, Graph] = {}
 
+    @property
+    def cache_capacity(self) -> int:
+        """Positions that the cache has room for at present; it grows up to the context."""
+        return self._cache.capacity
+
     def next_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits for the token after `ids`, which start at position 0: (V,) float32.
 

@@ -114,6 +114,11 @@ class LLM:
             ids |= {added[t] for t in ("<|endoftext|>",) if t in added}
         return frozenset(ids)
 
+    @property
+    def cache_capacity(self) -> int:
+        """Positions that the cache has room for at present; it grows up to the context."""
+        return self._engine.cache_capacity
+
     def default_sampling(self, seed: int | None = None) -> Sampling:
         """The checkpoint's own advice, with this seed or a random one."""
         advice = self.checkpoint.generation

@@ -21,6 +21,7 @@ FLOORS = [
     ["generate"],
     ["llm"],
     ["bench"],
+    ["usage"],
     ["cli"],
     ["__main__"],
 ]

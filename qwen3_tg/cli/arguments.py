@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from qwen3_tg.device import DTYPE_NAMES
 from qwen3_tg.errors import UsageError
 
 # Command: the module in this room and its function that runs it, imported only then.
@@ -21,7 +22,6 @@ COMMANDS = {
     "quantize": "quantize:quantize",
     "bench": "bench:bench",
 }
-DTYPES = ("float32", "float16", "bfloat16")
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
 
@@ -129,6 +129,11 @@ def _parser(command: str | None) -> _Parser:
 def _add_run(parser: _Parser) -> None:
     run = parser.add_argument_group("where it runs")
     _add_device(run)
+    run.add_argument(
+        "--kv-dtype",
+        choices=DTYPE_NAMES,
+        help="of the cache of keys and values; by default as --dtype",
+    )
     run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
 
 
@@ -136,11 +141,8 @@ def _add_device(run: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     run.add_argument("--device", metavar="D", help="CPU, METAL, AMD, CUDA ... (see: qwen3 devices)")
     run.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=DTYPE_NAMES,
         help="what it computes in; by default the best the device does well",
-    )
-    run.add_argument(
-        "--kv-dtype", choices=DTYPES, help="of the cache of keys and values; by default as --dtype"
     )
     run.add_argument(
         "--context",
@@ -200,11 +202,15 @@ def _add_plan(parser: _Parser) -> None:
         help="what it would take if quantised so: q4_k_m, awq ... or several, q8_0,q4_k_m; all",
     )
     parser.add_argument(
-        "--context", metavar="N", help="tokens of prompt and answer together; or several, 4096,32768"
+        "--context",
+        metavar="N",
+        help="tokens of prompt and answer together; or several, 4096,32768",
     )
-    parser.add_argument("--kv-dtype", choices=DTYPES, help="of the cache of keys and values")
+    parser.add_argument("--kv-dtype", choices=DTYPE_NAMES, help="of the cache of keys and values")
     parser.add_argument(
-        "--memory", metavar="SIZE", help="plan for a GPU with so much, such as 24GB, not for this one"
+        "--memory",
+        metavar="SIZE",
+        help="plan for a GPU with so much, such as 24GB, not for this one",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")

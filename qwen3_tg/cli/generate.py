@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from qwen3_tg import usage
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.arguments import read_text
 from qwen3_tg.errors import UsageError, check_count
@@ -38,17 +39,23 @@ def generate(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         printer.finish()
         raise
+    if options.verbose:
+        terminal.note(usage.used_report(llm))
 
 
 def load_model(options: argparse.Namespace) -> LLM:
-    """The model of --model, --device, --dtype and --context, with progress."""
+    """The model of --model, --device, --dtype, --kv-dtype and --context, with progress."""
     began = time.perf_counter()
     with terminal.loading() as on_progress:
-        llm = load(options.model, options.device, options.dtype, options.context, on_progress)
+        where = (options.device, options.dtype, options.context)
+        llm = load(options.model, *where, on_progress, options.kv_dtype)
+    for remark in llm.checkpoint.notes:
+        terminal.note(f"note: {remark}")
     if wishes := llm.checkpoint.generation.not_applied:
         terminal.note(f"note: generation_config.json asks for {', '.join(wishes)}: not applied")
     if options.verbose:
         terminal.note_device(llm.policy, time.perf_counter() - began)
+        terminal.note(usage.loaded_report(llm))
     return llm
 
 

@@ -25,7 +25,7 @@ _PACKED = {"fp8": "FP8", "awq": "AWQ", "gptq-int8": "GPTQ", "gptq-int4": "GPTQ"}
 _MLX_BITS = {"mlx-8bit": 8, "mlx-4bit": 4}
 # iq4_xs has q4_k's types, with IQ4_XS in place of Q4_K
 _GGUF = "q8_0 q6_k q5_k_m q5_k q5_1 q5_0 q4_k_m q4_k q4_1 q4_0 iq4_nl iq4_xs q3_k q2_k".split()
-FORMS: tuple[str, ...] = ("f32", "f16", "bf16", *_PACKED, *_MLX_BITS, *_GGUF)
+FORMS: tuple[str, ...] = (*_FLOATS, *_PACKED, *_MLX_BITS, *_GGUF)
 
 
 def check_form(typed: str) -> str:

@@ -1,0 +1,100 @@
+"""What a model really takes: tinygrad's count of what it allocated, and the process's memory.
+
+Also measures the factor of plan/scratch.py. Touches tinygrad's internals: `GlobalCounters`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from qwen3_tg.checkpoint.types import FLOATS
+from qwen3_tg.kv_sizes import cache_bytes
+from qwen3_tg.llm import LLM, load
+from qwen3_tg.plan import ModelSize, Plan, load_factor, make_plan, save_factor, scratch_bytes
+
+_STATUS = Path("/proc/self/status")
+_PROMPT = list(range(3, 12))  # any ids, fewer than a chunk
+
+
+def plan_of(llm: LLM) -> Plan:
+    """What was planned for a loaded model."""
+    return make_plan(_size(llm), llm.policy, llm.context, _factor(llm))
+
+
+def allocated_bytes(device: str) -> int:
+    """What tinygrad has allocated on a device for all that this process has there."""
+    from tinygrad.helpers import GlobalCounters
+
+    return int(GlobalCounters.mem_used_per_device[device])
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process ever had, where the system tells."""
+    try:  # getrusage counts the parent's too, up to the moment when this program was started
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def loaded_report(llm: LLM) -> str:
+    """Planned against allocated after loading. tinygrad takes memory for the cache only when it is
+    first written, and for scratch when a graph first runs."""
+    plan, device = plan_of(llm), llm.policy.device
+    return (
+        f"memory of {device}: planned {plan.weights_bytes:,} bytes of weights and "
+        f"{plan.rope_bytes:,} of rope table; allocated {allocated_bytes(device):,}"
+        f"{_peak()}"
+    )
+
+
+def used_report(llm: LLM) -> str:
+    """Planned against allocated after a reply, when everything is there."""
+    plan, device, capacity = plan_of(llm), llm.policy.device, llm.cache_capacity
+    cache = cache_bytes(llm.config, capacity, FLOATS[llm.policy.kv_dtype])
+    exact = plan.weights_bytes + cache + plan.rope_bytes + plan.logits_bytes
+    scratch = scratch_bytes(_size(llm), llm.policy, capacity, _factor(llm))
+    found = allocated_bytes(device)
+    return (
+        f"memory of {device}: planned {exact + scratch:,} bytes (weights {plan.weights_bytes:,}, "
+        f"cache {cache:,} for {capacity:,} positions, rope table {plan.rope_bytes:,}, logits "
+        f"{plan.logits_bytes:,}, scratch about {scratch:,}); allocated {found:,}, of it scratch "
+        f"{found - exact:,}{_peak()}"
+    )
+
+
+def _size(llm: LLM) -> ModelSize:
+    return ModelSize.of(llm.config, llm.checkpoint.weights)
+
+
+def _factor(llm: LLM) -> float:
+    return load_factor(llm.policy.device) or 1.0
+
+
+def _peak() -> str:
+    peak = peak_resident_bytes()
+    return "" if peak is None else f"; this process's peak in main memory {peak:,}"
+
+
+def scratch_factor(device: str) -> float:
+    """The factor of a device: the one that was measured, or else measured now, with the embedded
+    model, and kept. Takes seconds. Raises DeviceError if the model does not run there."""
+    if (known := load_factor(device)) is not None:
+        return known
+    llm = load("tiny", device)
+    size, plan = _size(llm), plan_of(llm)
+    before = allocated_bytes(llm.policy.device)
+    list(llm.generate_ids(_PROMPT, max_new_tokens=2, stop_ids=()))
+    found = allocated_bytes(llm.policy.device) - before
+    found -= plan.first_cache_bytes + plan.logits_bytes
+    factor = found / scratch_bytes(size, llm.policy, plan.first_capacity)
+    save_factor(device, factor)
+    return factor
