@@ -3,6 +3,7 @@
     python tools/make_golden.py --out tests/golden
 
 Names of cases behind it record these alone: on another processor the last digits of all differ.
+
 Each folder is a Hugging Face directory as users have them (config.json, generation_config.json, one
 safetensors file or shards; golden_cases.py makes them) with golden.npz beside it, recorded with
 Qwen3ForCausalLM or Qwen3MoeForCausalLM, eager attention and experts, float32, from the weights as
