@@ -6,16 +6,24 @@ module with an `open_...(path) -> Checkpoint` and give it a line in `open_checkp
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qwen3_tg.checkpoint.gguf import open_gguf
 from qwen3_tg.checkpoint.gguf_names import gguf_models
 from qwen3_tg.checkpoint.hf_directory import open_hf_directory
 from qwen3_tg.checkpoint.locate import locate
-from qwen3_tg.checkpoint.types import Checkpoint, StoredWeight, unpack
+from qwen3_tg.checkpoint.types import Checkpoint, StoredWeight, unpack, unpacked_at_load
 from qwen3_tg.errors import CheckpointError
 
-__all__ = ["Checkpoint", "StoredWeight", "locate", "open_checkpoint", "unpack"]
+__all__ = [
+    "Checkpoint",
+    "StoredWeight",
+    "locate",
+    "open_checkpoint",
+    "unpack",
+    "unpacked_at_load",
+]
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -27,11 +35,10 @@ def open_checkpoint(model: str) -> Checkpoint:
     try:
         if path.is_dir():
             path = _gguf_of(path) or path
-        if path.is_dir():
-            return open_hf_directory(path)
-        return open_gguf(path)
+        checkpoint = open_hf_directory(path) if path.is_dir() else open_gguf(path)
     except OSError as e:
         raise CheckpointError(f"{path}: not readable: {e.strerror or e}") from None
+    return replace(checkpoint, notes=(*checkpoint.notes, *unpacked_at_load(checkpoint.weights)))
 
 
 def _gguf_of(folder: Path) -> Path | None:

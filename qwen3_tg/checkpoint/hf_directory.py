@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_tg.checkpoint.assemble import assemble
+from qwen3_tg.checkpoint.complete import refuse_misfits
 from qwen3_tg.checkpoint.quantization import read_quantization
 from qwen3_tg.checkpoint.safetensors_file import RawTensor, read_safetensors
 from qwen3_tg.checkpoint.types import Checkpoint, StoredWeight
 from qwen3_tg.config import GenerationConfig, ModelConfig, read_json
 from qwen3_tg.errors import CheckpointError
 
+_MANY_LAYERS = 1000  # so many more than there are tensors are no incomplete download
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".npz")
-_MAX_LISTED = 8  # problems named in one error
 
 
 def open_hf_directory(path: Path) -> Checkpoint:
@@ -51,6 +52,11 @@ def fit_weights(
     """The weights the model has, in its order; everything that does not fit, in one error. `raw`
     is config.json."""
     quantization = read_quantization(raw, f"{where}/config.json")
+    if config.num_hidden_layers > _MANY_LAYERS + len(tensors):  # before a list of all is made
+        raise CheckpointError(
+            f"{where}: config.json announces {config.num_hidden_layers} layers, but there are only "
+            f"{len(tensors)} tensors; is the download complete?"
+        )
     made = assemble(tensors, config.weight_shapes(), quantization)
     problems = made.problems + [
         f"unexpected {name}"
@@ -58,12 +64,7 @@ def fit_weights(
         # stored all the same by some: it equals the embedding
         if not (config.tie_word_embeddings and name.startswith("lm_head."))
     ]
-    if problems:
-        more = len(problems) - _MAX_LISTED
-        raise CheckpointError(
-            f"{where}: the weights do not fit config.json: {'; '.join(problems[:_MAX_LISTED])}"
-            f"{f'; and {more} more' if more > 0 else ''}"
-        )
+    refuse_misfits(problems, where)
     return made.weights
 
 

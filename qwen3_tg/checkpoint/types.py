@@ -173,3 +173,16 @@ def unpack(stored: StoredWeight) -> StoredWeight:
         part = slice(start, start + _ROWS_AT_ONCE)
         data[part] = gguf.dequantize(rows[part], kind)
     return StoredWeight(UNPACKED_AS, stored.shape, {"data": data.reshape(stored.shape)})
+
+
+def unpacked_at_load(weights: Mapping[str, StoredWeight]) -> tuple[str, ...]:
+    """What to tell of weights that do not stay packed; nothing where there are none."""
+    found = [weight for weight in weights.values() if weight.format in TABLE_BLOCKS]
+    if not found:
+        return ()
+    before, after = (sum(getattr(w, key) for w in found) for key in ("nbytes", "device_bytes"))
+    formats = ", ".join(sorted({weight.format for weight in found}))
+    return (
+        f"{len(found)} weights in {formats} have no kernel and are dequantised at load to "
+        f"{UNPACKED_AS}: {before / 1e9:.2f} GB become {after / 1e9:.2f} GB",
+    )

@@ -234,11 +234,10 @@ def test_a_directory_with_only_a_config_is_refused(folder):
     assert message.endswith("is the download complete?")
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors"])
-def test_a_single_file_is_refused_with_what_is_supported(tmp_path, name):
-    (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")
-    message = refused(tmp_path / name, UnsupportedError)
-    assert message.startswith(f"{tmp_path / name}: a single file (GGUF and the like are not")
+def test_a_single_safetensors_file_is_refused_with_what_is_expected(folder):
+    message = refused(folder / "model.safetensors")
+    assert message.startswith(f"{folder / 'model.safetensors'}: not a GGUF file")
+    assert message.endswith("give a GGUF file, or the folder of a Hugging Face checkpoint")
 
 
 # --- what is refused: JSON files ---
