@@ -1,4 +1,4 @@
-"""One error for all the weights that do not fit, whatever the format."""
+"""Whether the tensors that are there are those of the model, whatever the format."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from qwen3_tg.errors import CheckpointError
 
 _MAX_LISTED = 8  # problems named in one error
+
+
+def refuse_absent_layers(layers: int, tensor_count: int, where: str) -> None:
+    """Raises CheckpointError if there are fewer tensors than layers: to call before anything is
+    made for each layer, of which a damaged file may announce billions."""
+    if layers > tensor_count:
+        raise CheckpointError(
+            f"{where}: {layers} layers are announced, but there are only {tensor_count} tensors; "
+            "is the download complete?"
+        )
 
 
 def refuse_misfits(problems: Sequence[str], where: str, against: str = "config.json") -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_tg.checkpoint import gguf_metadata as meta
-from qwen3_tg.checkpoint.complete import refuse_misfits
+from qwen3_tg.checkpoint.complete import refuse_absent_layers, refuse_misfits
 from qwen3_tg.checkpoint.gguf_header import TYPES, Header, TensorInfo, read_header
 from qwen3_tg.checkpoint.gguf_tokenizer import (
     read_chat_template,
@@ -84,13 +84,14 @@ def part_paths(path: Path, header: Header) -> list[Path]:
 
     Raises CheckpointError if its name is not that of a part."""
     count = header.metadata.get("split.count", 1)
-    if count in (0, 1) and type(count) is int:
+    if type(count) is int and count in (0, 1):
         return [path]
     match = _PART_NAME.fullmatch(path.name)
     if type(count) is not int or not match or int(match[3]) != count:
         raise CheckpointError(
-            f"{path}: it says that it is one of {count} parts (split.count), but its name does not "
-            "end in -00001-of-0000N.gguf with that number; give it the name it was released with"
+            f"{path}: it says that it is one of {meta.shown(count)} parts (split.count), but its name "
+            "does not end in -00001-of-0000N.gguf with that number; give it the name it was "
+            "released with"
         )
     return [path.with_name(f"{match[1]}-{n + 1:05}-of-{match[3]}.gguf") for n in range(count)]
 
@@ -145,8 +146,8 @@ def _join(parts: Sequence[Part], path: Path) -> Tensors:
         for key, value in (("split.no", n), ("split.count", len(parts))):
             if len(parts) > 1 and (type(keys.get(key)) is not int or keys[key] != value):
                 raise CheckpointError(
-                    f"{where}: {key} must be {value} in this part, found {keys.get(key)!r:.60}; it "
-                    "belongs to another file"
+                    f"{where}: {key} must be {value} in this part, "
+                    f"found {meta.shown(keys.get(key))}; it belongs to another file"
                 )
         for tensor in part.header.tensors:
             if tensor.name in tensors:
@@ -156,8 +157,8 @@ def _join(parts: Sequence[Part], path: Path) -> Tensors:
     announced = parts[0].header.metadata.get("split.tensors.count", len(tensors))
     if len(parts) > 1 and (type(announced) is not int or announced != len(tensors)):
         raise CheckpointError(
-            f"{path}: split.tensors.count is {announced!r:.60}, but its {len(parts)} parts have "
-            f"{len(tensors)} tensors; they belong to different models"
+            f"{path}: split.tensors.count is {meta.shown(announced)}, but its {len(parts)} parts "
+            f"have {len(tensors)} tensors; they belong to different models"
         )
     return tensors
 
@@ -168,11 +169,7 @@ def _read_config(metadata: Mapping[str, Any], tensors: Tensors, where: str) -> M
         raise CheckpointError(f"{where}: missing token_embd.weight; is the download complete?")
     rows = tensors["token_embd.weight"][0].shape[0]
     config = meta.read_config(metadata, rows, "output.weight" not in tensors, where)
-    if config.num_hidden_layers > len(tensors):  # before anything is made for each layer
-        raise CheckpointError(
-            f"{where}: its metadata announces {config.num_hidden_layers} layers, but it has only "
-            f"{len(tensors)} tensors; is the download complete?"
-        )
+    refuse_absent_layers(config.num_hidden_layers, len(tensors), where)
     return config
 
 

@@ -159,6 +159,8 @@ def damage_json(value: Any, draw: Draw) -> Any:
             other = draw(st.sampled_from(["x", "../x", *value]))
             value[other] = value.pop(key)
         return value
+    if isinstance(value, int | float) and draw(st.booleans()):  # strange, but of the right kind
+        return draw(st.sampled_from(STRANGE_NUMBERS))
     return draw(STRANGE_JSON)
 
 

@@ -360,7 +360,12 @@ def test_merges_of_no_tokens_are_refused_by_the_tokenizer() -> None:
     [
         ("block_count", None, CheckpointError, "qwen3.block_count is missing"),
         ("block_count", 0, CheckpointError, "block_count must be a positive integer, found 0"),
-        ("block_count", 4_000_000_000, CheckpointError, "announces 4000000000 layers, but"),
+        (
+            "block_count",
+            4_000_000_000,
+            CheckpointError,
+            "4000000000 layers are announced, but there are only 14",
+        ),
         ("block_count", 2, CheckpointError, "do not fit its metadata: missing blk.1.attn_norm"),
         ("embedding_length", 8.0, CheckpointError, "must be a positive integer, found 8.0"),
         ("embedding_length", 16, CheckpointError, "has shape (10, 8), expected (10, 16)"),
@@ -607,6 +612,7 @@ def test_a_part_with_a_name_of_its_own_is_refused(tmp_path: Path) -> None:
     [
         ("split.no", np.uint16(0), "split.no must be 1 in this part, found 0"),
         ("split.count", np.uint16(3), "split.count must be 2 in this part, found 3"),
+        ("split.no", np.int32([1, 1]), "split.no must be 1 in this part, found an array of 2"),
         ("split.no", "1", "split.no must be 1 in this part, found '1'"),
     ],
 )
@@ -616,6 +622,13 @@ def test_parts_of_different_models_are_refused(
     files = split(small(), 2)
     files[1].keys[key] = value
     assert message in refused(write_parts(tmp_path, files)[0])
+
+
+def test_a_strange_number_of_parts_is_refused(tmp_path: Path) -> None:
+    file = small()
+    for count in (np.int32([1, 1]), "2", True, -1, 2**31):
+        file.keys["split.count"] = np.int64(count) if type(count) is int else count
+        assert "parts (split.count), but its name" in refused(file.write(tmp_path / "m.gguf"))
 
 
 def test_parts_with_too_many_tensors_are_refused(tmp_path: Path) -> None:
