@@ -89,8 +89,8 @@ def part_paths(path: Path, header: Header) -> list[Path]:
     match = _PART_NAME.fullmatch(path.name)
     if type(count) is not int or not match or int(match[3]) != count:
         raise CheckpointError(
-            f"{path}: it says that it is one of {meta.shown(count)} parts (split.count), but its name "
-            "does not end in -00001-of-0000N.gguf with that number; give it the name it was "
+            f"{path}: it says that it is one of {meta.shown(count)} parts (split.count), but its "
+            "name does not end in -00001-of-0000N.gguf with that number; give it the name it was "
             "released with"
         )
     return [path.with_name(f"{match[1]}-{n + 1:05}-of-{match[3]}.gguf") for n in range(count)]
