@@ -83,7 +83,8 @@ def _print_costs(report: Report) -> None:
     print("tensor          type        weights   error")
     for cost in report.costs:
         print(f"{cost.kind:<15} {cost.type:<6} {cost.weights:>12}  {cost.error:>6.2%}")
-    print(f"{'all':<22} {report.weights:>12}  {report.error:>6.2%}")
+    print(f"{'all matrices':<36}{report.error:>6.2%}")
+    print(f"{report.weights} weights: ", end="")
     before, after = report.bytes_before, report.bytes_after
     print(
         f"{before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after ({after / before:.1%}); "

@@ -58,13 +58,15 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: `name` is the checkpoint's, `kind` GGUF's without layer (attn_q)."""
+    """One tensor to write: `name` is the checkpoint's, `kind` GGUF's without layer (attn_q).
+    `is_kept`: norms and routers are F32 whatever the choice."""
 
     name: str
     kind: str
     gguf_name: str
     type: str
     stored: StoredWeight
+    is_kept: bool
 
     @property
     def nbytes(self) -> int:
@@ -86,13 +88,12 @@ def choose_types(
     for name, stored in weights.items():
         layer, kind = _split(name)
         wanted = _wanted(kind, layer, layers, choice, embeddings, "lm_head.weight" not in weights)
-        if len(stored.shape) == 1 or kind == "ffn_gate_inp":
-            wanted = "F32"
-        type = _fitting(wanted, stored.shape[-1])
-        if type != wanted:
+        is_kept = len(stored.shape) == 1 or kind == "ffn_gate_inp"
+        type = "F32" if is_kept else _fitting(wanted, stored.shape[-1])
+        if type != wanted and not is_kept:
             changed[wanted, type, stored.shape[-1]].add(kind)
         gguf_name = f"{kind}.weight" if layer is None else f"blk.{layer}.{kind}.weight"
-        tensors.append(Tensor(name, kind, gguf_name, type, stored))
+        tensors.append(Tensor(name, kind, gguf_name, type, stored, is_kept))
     notes = [
         f"{', '.join(sorted(kinds))}: rows of {inputs} are no whole blocks of {wanted} "
         f"({block_size(wanted)}): {type} instead"

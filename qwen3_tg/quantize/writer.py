@@ -45,7 +45,8 @@ class Cost:
 @dataclass(frozen=True)
 class Report:
     """What was written. `bytes_before` are those of the checkpoint's weights, `bytes_after` those
-    of the file. `error` is the relative one of all weights together."""
+    of the file. `error` is the relative one of all matrices together, without norms and routers,
+    which are kept as they are."""
 
     out: Path
     type: str
@@ -201,7 +202,7 @@ def _write_tensors(
 ) -> tuple[list[Cost], float]:
     total, done = sum(tensor.stored.nbytes for tensor in tensors), 0
     sums: dict[tuple[str, str], _Sums] = defaultdict(_Sums)
-    everything = _Sums()
+    matrices = _Sums()
     threads = min(_cores(), _MOST_THREADS)
     with ThreadPoolExecutor(threads) as pool:
         for tensor in tensors:
@@ -209,7 +210,8 @@ def _write_tensors(
                 file.write(rounded.data.tobytes())
                 found = (rounded.weights, rounded.squares, rounded.changes)
                 sums[tensor.kind, tensor.type].add(*found)
-                everything.add(*found)
+                if not tensor.is_kept:
+                    matrices.add(*found)
                 done += rounded.bytes_read
                 if on_progress:
                     on_progress(done, total)
@@ -217,7 +219,7 @@ def _write_tensors(
             file.write(b"\0" * (-tensor.nbytes % ALIGNMENT))
     kinds = list(dict.fromkeys(tensor.kind for tensor in tensors))
     costs = [Cost(*key, found.weights, found.error) for key, found in sums.items()]
-    return sorted(costs, key=lambda cost: kinds.index(cost.kind)), everything.error
+    return sorted(costs, key=lambda cost: kinds.index(cost.kind)), matrices.error
 
 
 @dataclass(frozen=True)
