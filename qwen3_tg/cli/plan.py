@@ -144,7 +144,8 @@ def _targets_here(kv_dtype: str | None) -> list[Target]:
                 terminal.note(f"note: {e}; the estimate of scratch is less sure")
         targets.append(Target(policy, devices.free_memory(policy.device), factor or 1.0))
     if not targets:
-        terminal.note("note: no device works here (see: qwen3 devices); planned for a GPU")
+        what = f"keeps keys and values in {kv_dtype}" if kv_dtype else "works"
+        terminal.note(f"note: no device {what} here (see: qwen3 devices); planned for a GPU")
         targets.append(Target(devices.imagined(kv_dtype=kv_dtype), None, 1.0))
     return targets
 

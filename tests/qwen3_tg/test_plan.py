@@ -533,6 +533,14 @@ def test_generate_v_prints_planned_against_used(
     assert "peak in main memory" in used
 
 
+def test_what_was_found_in_the_checkpoint_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main("--thinking off --context 3000 --max-new-tokens 1 x".split()) == 0
+    assert "note: YaRN factor 1.465, attention scaling" in capsys.readouterr().err
+
+
 def test_what_is_only_asked_for_takes_no_memory() -> None:
     weight = stored_as(CONFIGS["Qwen3-235B-A22B"], "f32")["lm_head.weight"]
     assert weight.nbytes == 151936 * 4096 * 4
