@@ -66,7 +66,7 @@ def _read_ids(file: str, checkpoint: Checkpoint) -> list[int]:
 
 
 def _perplexity(model: str, ids: list[int]) -> float:
-    from qwen3_tg import load
+    from qwen3_tg.llm import load
 
     llm = load(model)
     return perplexity(llm, ids, min(_WINDOW, llm.context))
