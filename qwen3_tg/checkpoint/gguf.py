@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen3_tg.checkpoint import gguf_metadata as meta
 from qwen3_tg.checkpoint.complete import refuse_absent_layers, refuse_misfits
-from qwen3_tg.checkpoint.gguf_header import TYPES, Header, TensorInfo, read_header
+from qwen3_tg.checkpoint.gguf_header import TYPES, Header, TensorInfo, printable, read_header
 from qwen3_tg.checkpoint.gguf_tokenizer import (
     read_chat_template,
     read_special_tokens,
@@ -152,7 +152,7 @@ def _join(parts: Sequence[Part], path: Path) -> Tensors:
         for tensor in part.header.tensors:
             if tensor.name in tensors:
                 other = tensors[tensor.name][1].name
-                raise CheckpointError(f"{where}: {tensor.name} is in {other} too")
+                raise CheckpointError(f"{where}: {printable(tensor.name)} is in {other} too")
             tensors[tensor.name] = tensor, part
     announced = parts[0].header.metadata.get("split.tensors.count", len(tensors))
     if len(parts) > 1 and (type(announced) is not int or announced != len(tensors)):
@@ -188,7 +188,7 @@ def _fit_weights(tensors: Tensors, config: ModelConfig, where: str) -> dict[str,
             problems.append(f"{stored_name} has type {tensor.type}, expected {', '.join(_FLOATS)}")
         else:
             weights[name] = _stored(tensor, part)
-    problems += [f"unexpected {name!r:.60}" for name in left]
+    problems += [f"unexpected {printable(name)}" for name in left]
     refuse_misfits(problems, where, "its metadata")
     return weights
 

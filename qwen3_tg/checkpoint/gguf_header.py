@@ -220,8 +220,8 @@ def _read_metadata(reader: _Reader, count: int) -> dict[str, Any]:
     for n in range(count):
         key = reader.string(f"key {n}")
         if key in metadata:
-            raise CheckpointError(f"{reader.where}: the key {_short(key)} is there twice")
-        metadata[key] = _read_value(reader, _short(key))
+            raise CheckpointError(f"{reader.where}: the key {printable(key)} is there twice")
+        metadata[key] = _read_value(reader, printable(key))
     return metadata
 
 
@@ -252,7 +252,7 @@ def _number_code(reader: _Reader, kind: int, key: str) -> str:
 
 def _read_tensor(reader: _Reader, alignment: int) -> TensorInfo:
     name = reader.string("a tensor's name")
-    where = f"{reader.where}: {_short(name)}"
+    where = f"{reader.where}: {printable(name)}"
     dims = reader.number("I", name)
     if not 1 <= dims <= _MAX_DIMS:
         raise CheckpointError(f"{where} has {dims} dimensions, expected 1 to {_MAX_DIMS}")
@@ -289,7 +289,7 @@ def _check_places(tensors: Sequence[TensorInfo], data_start: int, size: int, whe
     names = {tensor.name for tensor in tensors}
     if len(names) < len(tensors):
         twice = next(name for name in names if sum(t.name == name for t in tensors) > 1)
-        raise CheckpointError(f"{where}: {_short(twice)} is there twice")
+        raise CheckpointError(f"{where}: {printable(twice)} is there twice")
     needed = data_start + max((t.offset + t.nbytes for t in tensors), default=-data_start)
     if needed > size:
         raise CheckpointError(
@@ -299,12 +299,12 @@ def _check_places(tensors: Sequence[TensorInfo], data_start: int, size: int, whe
         end = before.offset + before.nbytes
         if after.offset < end:
             raise CheckpointError(
-                f"{where}: {_short(after.name)} begins at byte {after.offset} of the data, within "
-                f"{_short(before.name)}, which ends at {end}"
+                f"{where}: {printable(after.name)} begins at byte {after.offset} of the data, within "
+                f"{printable(before.name)}, which ends at {end}"
             )
 
 
-def _short(name: str) -> str:
+def printable(name: str) -> str:
     """A name from the file, fit for one line of an error."""
     shown = name if name.isprintable() and name else repr(name)
     return shown if len(shown) <= _SHOWN_BYTES else f"{shown[:_SHOWN_BYTES]}..."

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3_tg.checkpoint.gguf_header import printable
 from qwen3_tg.config import GenerationConfig, ModelConfig
 from qwen3_tg.errors import CheckpointError, UnsupportedError
 
@@ -105,7 +106,7 @@ def read_config(metadata: Mapping[str, Any], rows: int, tied: bool, where: str) 
     known = counts.keys() | one_value.keys() | _NO_EFFECT | _READ_HERE
     if unknown := sorted(own.keys() - known):
         raise UnsupportedError(
-            f"{where}.{unknown[0]}: unknown key ({len(unknown)} such keys): it may change the "
+            f"{where}.{printable(unknown[0])}: unknown key ({len(unknown)} such keys): it may change the "
             "result and is not computed"
         )
     raw |= {

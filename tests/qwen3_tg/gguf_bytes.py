@@ -110,7 +110,8 @@ def typed(value: Any) -> bytes:
         head = struct.pack("<IIQ", ARRAY, NUMBERS[value.dtype.str], len(value))
         return head + value.tobytes()
     default = {bool: np.bool_, int: np.uint32, float: np.float32}.get(type(value))
-    number = default(value) if default else value
+    with np.errstate(over="ignore"):
+        number = default(value) if default else value
     return struct.pack("<I", NUMBERS[number.dtype.str]) + number.tobytes()
 
 

@@ -381,6 +381,7 @@ def test_merges_of_no_tokens_are_refused_by_the_tokenizer() -> None:
         ("attention.causal", False, UnsupportedError, "causal must be True, found False"),
         ("vocab_size", 11, UnsupportedError, "vocab_size must be 10, found 11"),
         ("attention.scale", 0.5, UnsupportedError, "qwen3.attention.scale: unknown key (1 such"),
+        ("sca\r\x1b[2J", 1, UnsupportedError, r"qwen3.'sca\r\x1b[2J': unknown key"),
         ("attention.layer_norm_rms_epsilon", None, CheckpointError, "rms_epsilon is missing"),
         ("attention.layer_norm_rms_epsilon", 0.0, CheckpointError, "rms_norm_eps must be a pos"),
         ("rope.freq_base", float("nan"), CheckpointError, "freq_base must be a number, found nan"),
@@ -473,7 +474,7 @@ def test_all_weights_that_do_not_fit_are_in_one_error(tmp_path: Path) -> None:
     message = refused(file.write(tmp_path / "m.gguf"))
     assert "the weights do not fit its metadata: missing blk.0.attn_q.weight; " in message
     assert f"{GATE} has shape (8, 8), expected (12, 8)" in message
-    assert "unexpected 'blk.0.attn_q.bias'; unexpected 'blk.00.attn_q.weight'" in message
+    assert "unexpected blk.0.attn_q.bias; unexpected blk.00.attn_q.weight" in message
 
 
 def test_norms_are_floats(tmp_path: Path) -> None:
