@@ -299,8 +299,8 @@ def _check_places(tensors: Sequence[TensorInfo], data_start: int, size: int, whe
         end = before.offset + before.nbytes
         if after.offset < end:
             raise CheckpointError(
-                f"{where}: {printable(after.name)} begins at byte {after.offset} of the data, within "
-                f"{printable(before.name)}, which ends at {end}"
+                f"{where}: {printable(after.name)} begins at byte {after.offset} of the data, "
+                f"within {printable(before.name)}, which ends at {end}"
             )
 
 

@@ -106,8 +106,8 @@ def read_config(metadata: Mapping[str, Any], rows: int, tied: bool, where: str) 
     known = counts.keys() | one_value.keys() | _NO_EFFECT | _READ_HERE
     if unknown := sorted(own.keys() - known):
         raise UnsupportedError(
-            f"{where}.{printable(unknown[0])}: unknown key ({len(unknown)} such keys): it may change the "
-            "result and is not computed"
+            f"{where}.{printable(unknown[0])}: unknown key ({len(unknown)} such keys): it may "
+            "change the result and is not computed"
         )
     raw |= {
         "model_type": _MODEL_TYPES[A],
