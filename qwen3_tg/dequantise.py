@@ -11,8 +11,8 @@ qlinear_cuda.py, transformers' finegrained_fp8.py, and mlx's quantized.h.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 
+import numpy as np
 from tinygrad import Tensor, dtypes
 
 Arrays = Mapping[str, Tensor]
@@ -254,13 +254,11 @@ def _half(b: Tensor, at: int) -> Tensor:
     return from_float16(_uint16(b, at))
 
 
-@cache
-def iq4_table(device: str) -> Tensor:
-    """What the four bits of IQ4_NL and IQ4_XS stand for, on the device. Made at load: nothing may
-    be realised while a graph is captured."""
-    return Tensor(_IQ4, dtype=dtypes.float32, device=device).realize()
-
-
 def _iq4(q: Tensor) -> Tensor:
-    assert isinstance(q.device, str)
-    return iq4_table(q.device)[q.cast(dtypes.int32)]
+    """The value in _IQ4 of each four bits, out of the 16 bytes of the table as four constants: a
+    table in memory would be a look-up that cannot be part of choosing experts."""
+    table = np.array(_IQ4, dtype=np.int8).view("<u4").tolist()
+    word = [Tensor.const(bits, dtypes.uint32) for bits in table]
+    quarter = (q < 8).where((q < 4).where(word[0], word[1]), (q < 12).where(word[2], word[3]))
+    byte = quarter.rshift(q.bitwise_and(3).cast(dtypes.uint32) * 8).bitwise_and(255).float()
+    return (byte > 127).where(byte - 256, byte)

@@ -65,8 +65,6 @@ def to_device(stored: StoredWeight, device: str, native: frozenset[str]) -> Weig
         lacks_half = array.dtype == np.float16 and "float16" not in native
         host = np.ascontiguousarray(array.view(np.int16) if lacks_half else array)
         arrays[name] = Tensor(host, device=device).realize()
-    if packed.format.startswith("IQ4"):
-        dequantise.iq4_table(device)
     stored.release()
     return Weight(packed.format, packed.shape, arrays, packed.params)
 
@@ -105,8 +103,18 @@ class ExpertLinear:
 
     def __call__(self, x: Tensor, chosen: Tensor) -> Tensor:
         """x: (B, S, k or 1, I), chosen: (B, S, k) numbers of experts -> (B, S, k, O)"""
-        matrices = self.weight[chosen].values().float()  # (B, S, k, O, I), never in memory
-        return (matrices * x.float().unsqueeze(-2)).sum(-1).cast(x.dtype)
+        if self._packed_first(x.shape[1] == 1):
+            matrices = self.weight[chosen].values()  # (B, S, k, O, I), never in memory
+        else:
+            matrices = self.weight.values()[chosen]
+        return (matrices.float() * x.float().unsqueeze(-2)).sum(-1).cast(x.dtype)
+
+    def _packed_first(self, one_position: bool) -> bool:
+        """Whether to choose packed bytes, which copies those of the chosen experts, or values,
+        which makes one kernel that reads just those bytes. The copy is for GPTQ with an order of
+        its own, whose look-ups would be made for all experts, and for AWQ where it is small:
+        the words of a copy are read in order, four times as fast (measured on a CPU)."""
+        return "g_idx" in self.weight.arrays or (one_position and self.weight.format == "AWQ")
 
 
 class Embedding:
