@@ -121,7 +121,7 @@ class ModelConfig:
         not computed here, an unknown key, and a missing or impossible value."""
         # 1. Is it this model at all?
         model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise CheckpointError(
                 f"{where}: model_type must be {' or '.join(ARCHITECTURES)}, found {model_type!r}"
             )

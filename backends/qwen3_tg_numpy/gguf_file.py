@@ -65,10 +65,10 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored], tuple[int, ..
             problems += [f"{name} is in two parts" for name in weights if name in stored]
             stored |= weights
     embedding = stored.get("model.embed_tokens.weight")
-    if embedding is None:
-        raise CheckpointError(f"{path}: missing token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{path}: missing token_embd.weight, a matrix")
     raw = config_json(metadata, str(path)) | {
-        "vocab_size": len(embedding),
+        "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "lm_head.weight" not in stored,
     }
     config = ModelConfig.from_dict(raw, where=str(path))
@@ -120,6 +120,8 @@ def _open_parts(path: Path) -> list[GGUFReader]:
     """The readers of all parts, in order, given any of them."""
     reader = _open(path)
     count = _metadata(reader).get("split.count", 1)
+    if type(count) is not int:
+        raise CheckpointError(f"{path}: split.count must be a number, found {count!r:.60}")
     if count in (0, 1):
         return [reader]
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)

@@ -96,7 +96,7 @@ def _entry(file: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int,
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: {name}: not a header entry: {info!r}") from None
-    if stored not in STORED:
+    if not isinstance(stored, str) or stored not in STORED:
         raise CheckpointError(
             f"{file}: {name}: dtype must be {', '.join(STORED)}, found {stored!r}"
         )

@@ -236,6 +236,7 @@ def test_a_layer_is_a_mixture_when_its_number_says_so(changes, mixtures):
         ({"mlp_only_layers": 3}, "mlp_only_layers.*3"),
         ({"shared_expert_intermediate_size": 768}, "unknown shared_expert_intermediate_size"),
         ({"architectures": ["Qwen3ForCausalLM"]}, "architectures"),
+        ({"model_type": ["qwen3"]}, "model_type must be"),
     ],
 )
 def test_a_mixture_that_is_not_computed_is_refused_by_name(changes, named):
@@ -390,6 +391,7 @@ def test_a_file_cut_short_is_noticed_wherever_it_is_cut(folder):
         ({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, "x: not a header entry"),
         ({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}, "x: not a header entry"),
         ({"x": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}, "x: dtype must be .*I16"),
+        ({"x": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, "x: dtype must be .*F32"),
         (
             {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
             "x: expected at bytes 0 to 8",

@@ -338,6 +338,20 @@ def write_raw(path: Path, arch: str, tensors: dict[str, np.ndarray]) -> None:
     writer.close()
 
 
+def test_an_embedding_without_axes_and_a_list_of_part_counts_are_refused(tmp_path):
+    write_raw(tmp_path / "flat.gguf", "qwen3", {"token_embd.weight": np.zeros(4, np.float32)})
+    with pytest.raises(CheckpointError, match=r"missing token_embd\.weight, a matrix"):
+        qwen3_tg_numpy.load(tmp_path / "flat.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "list.gguf", "qwen3")
+    writer.add_array("split.count", [1, 2])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"list\.gguf: split\.count must be a number"):
+        qwen3_tg_numpy.load(tmp_path / "list.gguf")
+
+
 def test_all_tensors_that_do_not_fit_come_in_one_error(tmp_path):
     tensors = {
         "token_embd.weight": np.zeros((192, 256), np.float32),
