@@ -23,7 +23,8 @@ def quantize(options: argparse.Namespace) -> None:
     """Write the file, then print sizes, errors and, with --text, perplexities."""
     checkpoint = open_checkpoint(options.model)
     ids = _read_ids(options.text, checkpoint) if options.text else []
-    before = _perplexity(options.model, ids) if ids else None
+    window = min(_WINDOW, checkpoint.config.max_position_embeddings)
+    before = _perplexity(options.model, ids, window) if ids else None
     with _progress() as update:
         report = write_gguf(
             checkpoint,
@@ -36,15 +37,23 @@ def quantize(options: argparse.Namespace) -> None:
         )
     for remark in report.notes:
         note(remark)
-    after = _perplexity(str(report.out), ids) if ids else None
+    after = _perplexity(str(report.out), ids, window) if ids else None
     if options.json:
-        print(json.dumps(_as_json(report, before, after, len(ids)), indent=2))
+        found = asdict(report) | {"out": str(report.out)}
+        if ids:
+            found["perplexity"] = {
+                "before": before,
+                "after": after,
+                "tokens": len(ids),
+                "window": window,
+            }
+        print(json.dumps(found, indent=2))
         return
     _print_costs(report)
     if before is not None and after is not None:
         print(
             f"perplexity {before:.3f} before, {after:.3f} after ({after / before - 1:+.2%}), "
-            f"on {len(ids)} tokens in windows of {_WINDOW}"
+            f"on {len(ids)} tokens in windows of {window}"
         )
 
 
@@ -65,11 +74,10 @@ def _read_ids(file: str, checkpoint: Checkpoint) -> list[int]:
     return ids
 
 
-def _perplexity(model: str, ids: list[int]) -> float:
+def _perplexity(model: str, ids: list[int], window: int) -> float:
     from qwen3_tg.llm import load
 
-    llm = load(model)
-    return perplexity(llm, ids, min(_WINDOW, llm.context))
+    return perplexity(load(model), ids, window)
 
 
 def _name(model: str) -> str:
@@ -90,20 +98,6 @@ def _print_costs(report: Report) -> None:
         f"{before / 1e9:.3f} GB before, {after / 1e9:.3f} GB after ({after / before:.1%}); "
         f"{report.bits_per_weight:.2f} bits a weight"
     )
-
-
-def _as_json(
-    report: Report, before: float | None, after: float | None, tokens: int
-) -> dict[str, object]:
-    found = asdict(report) | {"out": str(report.out)}
-    if before is not None:
-        found["perplexity"] = {
-            "before": before,
-            "after": after,
-            "tokens": tokens,
-            "window": _WINDOW,
-        }
-    return found
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from qwen3_tg.quantize.types import CHOICES, Tensor, choose_types
 ALIGNMENT = 32
 _VALUES_AT_ONCE = 1 << 17  # about what a core's cache holds with its intermediate values
 _MOST_THREADS = 16
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # of a split file
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def _checked(out: Path, source: Path, overwrite: bool) -> Path:
         raise UsageError(f"{out.parent}: no such directory")
     if source.is_dir() and source in out.parents:
         raise UsageError(f"{out} lies in the checkpoint itself; write it to another directory")
-    if out == source or (out.exists() and out.samefile(source)):
+    is_part = _PART.search(out.name) and _PART.sub("", out.name) == _PART.sub("", source.name)
+    if (out.exists() and out.samefile(source)) or (is_part and out.parent == source.parent):
         raise UsageError(f"{out} is the checkpoint itself; give another name")
     if out.exists() and not out.is_file():
         raise UsageError(f"{out} is not a regular file")

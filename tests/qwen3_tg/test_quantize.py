@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import qwen3_tg_numpy
 from format_writers import random_model, write_float, write_gptq
+from format_writers import write_gguf as write_gguf_parts
 
 from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.cli import main
@@ -512,6 +513,15 @@ class TestPlace:
         for name in ("f.gguf", "link.gguf"):
             with pytest.raises(UsageError, match="is the checkpoint itself"):
                 write_gguf(source, tmp_path / name, "q8_0", "x", overwrite=True)
+
+    def test_no_part_of_a_split_source_is_overwritten(self, tmp_path: Path) -> None:
+        config, weights = random_model()
+        write_gguf_parts(tmp_path / "s.gguf", config, weights, split=2)
+        source = open_checkpoint(str(tmp_path / "s-00001-of-00002.gguf"))
+        for name in ("s-00001-of-00002.gguf", "s-00002-of-00002.gguf"):
+            with pytest.raises(UsageError, match="is the checkpoint itself"):
+                write_gguf(source, tmp_path / name, "q8_0", "x", overwrite=True)
+        write_gguf(source, tmp_path / "s.gguf", "q8_0", "x")
 
     def test_a_full_disk_is_seen_before(
         self, tmp_path: Path, write: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
