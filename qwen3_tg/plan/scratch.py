@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,31 +31,36 @@ _LEAST, _MOST = 0.1, 10.0
 @dataclass(frozen=True)
 class ModelSize:
     """Of a model's weights, what planning needs: their bytes on the device, whether any of its
-    matrices are packed, and the packed bytes of one expert."""
+    matrices are packed, and the bytes of one expert that are copied where it is chosen, in a chunk
+    of positions and for a single one (linear.py's ExpertLinear)."""
 
     config: ModelConfig
     weights_bytes: int
     is_packed: bool
-    expert_bytes: int
+    copied_expert_bytes: int
+    copied_expert_bytes_for_one: int
 
     @staticmethod
     def of(config: ModelConfig, weights: Mapping[str, StoredWeight]) -> ModelSize:
-        in_layers = {name: w for name, w in weights.items() if name.startswith("model.layers.")}
-        packed = {
-            name: weight
-            for name, weight in in_layers.items()
-            if weight.format not in FLOATS and weight.format not in TABLE_BLOCKS
-        }
-        experts: dict[str, int] = {}
-        for name, weight in packed.items():
+        floats = (*FLOATS, *TABLE_BLOCKS)
+        is_packed = False
+        copied, copied_for_one = Counter[str](), Counter[str]()  # by layer
+        for name, weight in weights.items():
+            if not name.startswith("model.layers.") or weight.format in floats:
+                continue
+            is_packed = True
             layer, expert, _ = name.partition(".mlp.experts.")
-            if expert:
-                experts[layer] = experts.get(layer, 0) + weight.device_bytes
+            if expert and "g_idx" in list(weight.arrays):  # a lookup in _Stacks would copy
+                copied[layer] += weight.device_bytes
+            if expert and ("g_idx" in list(weight.arrays) or weight.format == "AWQ"):
+                copied_for_one[layer] += weight.device_bytes
+        experts = max(config.num_experts, 1)
         return ModelSize(
             config,
             sum(weight.device_bytes for weight in weights.values()),
-            bool(packed),
-            max(experts.values(), default=0) // max(config.num_experts, 1),
+            is_packed,
+            max(copied.values(), default=0) // experts,
+            max(copied_for_one.values(), default=0) // experts,
         )
 
 
@@ -80,8 +86,9 @@ def _phases(size: ModelSize, S: int, capacity: int, one: int) -> tuple[int, int]
     matrices = H * Hd * D * one if dequantised else 0
     if config.num_experts:
         k, F = config.num_experts_per_tok, config.moe_intermediate_size
+        copied = size.copied_expert_bytes if S > 1 else size.copied_expert_bytes_for_one
         router = 4 * S * config.num_experts * _FLOAT32
-        return attention, S * k * ((2 * F + D) * one + size.expert_bytes) + router + matrices
+        return attention, S * k * ((2 * F + D) * one + copied) + router + matrices
     F = config.intermediate_size
     matrices += 2 * F * D * one if dequantised else 0
     return attention, 2 * S * F * one + stream + matrices
