@@ -15,8 +15,8 @@ from tinygrad.helpers import Context
 
 from qwen3_tg import compiler, device
 from qwen3_tg.checkpoint import StoredWeight
-from qwen3_tg.errors import DeviceError, UsageError
 from qwen3_tg.dequantise import from_float16
+from qwen3_tg.errors import DeviceError, UsageError
 from qwen3_tg.linear import to_device
 
 
