@@ -81,7 +81,9 @@ class LLM:
     ):
         self.checkpoint, self.policy, self.context = checkpoint, policy, context
         self.config: ModelConfig = checkpoint.config
-        self.tokenizer = Tokenizer(file) if (file := checkpoint.tokenizer) else None
+        self.tokenizer: Tokenizer | None = None
+        if checkpoint.tokenizer:
+            self.tokenizer = Tokenizer(checkpoint.tokenizer, str(checkpoint.path))
         if self.tokenizer and self.tokenizer.size > self.config.vocab_size:
             raise CheckpointError(
                 f"{checkpoint.path}: its tokenizer has {self.tokenizer.size} tokens, but the model "
@@ -342,9 +344,8 @@ def _start_engine(
     # one file of kernels for each kind of model, so that none is loaded in vain
     config, stored = checkpoint.config, checkpoint.weights
     kinds = [(weight.format, *weight.params.items()) for weight in stored.values()]
-    shape = hashlib.sha256(f"{config} {kinds} {replace(policy, reason='')}".encode()).hexdigest()[
-        :16
-    ]
+    how = (policy.device, policy.dtype, policy.kv_dtype, policy.prefill_chunk)
+    shape = hashlib.sha256(f"{config} {kinds} {how}".encode()).hexdigest()[:16]
     name = f"{compiler.fingerprint()}-{shape}"
     kernels = KernelCache(compiler.cache_dir(), name)
     kernels.load()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
-from format_writers import random_model, write_gguf
+from format_writers import random_model, write_mlx
 from tinygrad.helpers import GlobalCounters
 
 import qwen3_tg
@@ -18,9 +18,10 @@ from qwen3_tg.errors import UsageError
 
 
 def mixture(path: Path, experts: int) -> Path:
-    config, weights = random_model(moe=True, tied=False, seed=5, num_experts=experts)
-    write_gguf(path / f"{experts}.gguf", config, weights, "Q8_0")
-    return path / f"{experts}.gguf"
+    sizes = {"num_experts": experts, "num_hidden_layers": 1}
+    config, weights = random_model(moe=True, tied=False, seed=5, **sizes)
+    write_mlx(path / str(experts), config, weights)
+    return path / str(experts)
 
 
 def moved_by_a_decode_step(path: Path) -> int:
