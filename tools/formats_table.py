@@ -79,7 +79,10 @@ def table(rows: Iterable[Row], date: str, commit: str) -> str:
 
 
 def error(rows: list[Row]) -> str:
-    return f"{max(row['max_abs_error'] for row in rows):.1e}" if rows else "refused"
+    if not rows:
+        return "refused"
+    worst = max(row["max_abs_error"] for row in rows)
+    return f"{worst:.1e}" if worst else "0"
 
 
 def order(name: str) -> tuple[int, str]:
