@@ -17,6 +17,7 @@ import numpy as np
 from qwen3_tg.checkpoint import gguf_metadata as meta
 from qwen3_tg.checkpoint.complete import refuse_absent_layers, refuse_misfits
 from qwen3_tg.checkpoint.gguf_header import TYPES, Header, TensorInfo, printable, read_header
+from qwen3_tg.checkpoint.gguf_names import tensor_name
 from qwen3_tg.checkpoint.gguf_tokenizer import (
     read_chat_template,
     read_special_tokens,
@@ -29,28 +30,6 @@ from qwen3_tg.errors import CheckpointError
 _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 # type in the file -> (format, numpy's type); everything else is blocks of bytes
 _FLOATS = {"F32": ("float32", "<f4"), "F16": ("float16", "<f2"), "BF16": ("bfloat16", "<u2")}
-_TOP = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-_IN_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
 
 
 @dataclass(frozen=True)
@@ -113,15 +92,6 @@ def checkpoint_of(parts: Sequence[Part], path: Path, tokenizer: Path | None = No
     )
 
 
-def gguf_name(name: str) -> str:
-    """A tensor's name in a GGUF file, from its own."""
-    module = name.removesuffix(".weight")
-    if module in _TOP:
-        return f"{_TOP[module]}.weight"
-    layer, _, rest = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_IN_LAYER[rest]}.weight"
-
-
 Tensors = dict[str, tuple[TensorInfo, Part]]
 
 
@@ -177,7 +147,7 @@ def _fit_weights(tensors: Tensors, config: ModelConfig, where: str) -> dict[str,
     """The weights the model has, in its order; everything that does not fit, in one error."""
     weights, problems, left = {}, [], dict(tensors)
     for name, shape in config.weight_shapes().items():
-        stored_name = gguf_name(name)
+        stored_name = tensor_name(name)
         if (found := left.pop(stored_name, None)) is None:
             problems.append(f"missing {stored_name}")
             continue

@@ -1,4 +1,5 @@
-"""What the names of GGUF files say: the type of the weights, and which files are parts of one."""
+"""Names around GGUF: of tensors inside a file; and of files, which say the type of the weights and
+which files are parts of one."""
 
 from __future__ import annotations
 
@@ -8,6 +9,27 @@ from collections.abc import Iterable
 
 from qwen3_tg.errors import CheckpointError
 
+# Hugging Face's module, without its layer -> GGUF's kind of tensor
+_KINDS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 _TYPE = re.compile(
     r"(?:^|[-._])((?:UD-)?(?:I?Q[1-8](?:_[0-9A-Z]+)*|TQ[12]_0|MXFP4(?:_MOE)?|BF16|FP?16|FP?32))$",
@@ -54,3 +76,17 @@ def choose_gguf(names: Iterable[str], kind: str, where: str) -> list[str]:
             f"{where}: {found[0]} has {len(files)} of its {int(last[2]) if last else 1} parts"
         )
     return files
+
+
+def layer_and_kind(name: str) -> tuple[int | None, str]:
+    """A tensor's name in Hugging Face's words -> its layer, None outside of them, and what GGUF
+    calls its kind (attn_q)."""
+    module = name.removesuffix(".weight")
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    return (int(match[1]), _KINDS[match[2]]) if match else (None, _KINDS[module])
+
+
+def tensor_name(name: str) -> str:
+    """A tensor's name in a GGUF file, from Hugging Face's."""
+    layer, kind = layer_and_kind(name)
+    return f"{kind}.weight" if layer is None else f"blk.{layer}.{kind}.weight"

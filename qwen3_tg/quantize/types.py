@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qwen3_tg.checkpoint.gguf_names import layer_and_kind, tensor_name
 from qwen3_tg.checkpoint.types import StoredWeight
 from qwen3_tg.quantize.blocks import FLOATS, block_size, row_bytes
 
@@ -34,26 +34,6 @@ CHOICES = {
 MIXES = ("q4_k_m", "q5_k_m")
 # For rows that are no whole blocks, as llama.cpp does it (src/llama-quant.cpp); from there F16.
 _NEXT = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
 
 
 @dataclass(frozen=True)
@@ -86,27 +66,19 @@ def choose_types(
     tensors: list[Tensor] = []
     changed: dict[tuple[str, str, int], set[str]] = defaultdict(set)
     for name, stored in weights.items():
-        layer, kind = _split(name)
+        layer, kind = layer_and_kind(name)
         wanted = _wanted(kind, layer, layers, choice, embeddings, "lm_head.weight" not in weights)
         is_kept = len(stored.shape) == 1 or kind == "ffn_gate_inp"
         type = "F32" if is_kept else _fitting(wanted, stored.shape[-1])
         if type != wanted and not is_kept:
             changed[wanted, type, stored.shape[-1]].add(kind)
-        gguf_name = f"{kind}.weight" if layer is None else f"blk.{layer}.{kind}.weight"
-        tensors.append(Tensor(name, kind, gguf_name, type, stored, is_kept))
+        tensors.append(Tensor(name, kind, tensor_name(name), type, stored, is_kept))
     notes = [
         f"{', '.join(sorted(kinds))}: rows of {inputs} are no whole blocks of {wanted} "
         f"({block_size(wanted)}): {type} instead"
         for (wanted, type, inputs), kinds in changed.items()
     ]
     return tensors, notes
-
-
-def _split(name: str) -> tuple[int | None, str]:
-    """A checkpoint's name -> the layer and GGUF's name of its kind."""
-    module = name.removesuffix(".weight")
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    return (int(match[1]), _NAMES[match[2]]) if match else (None, _NAMES[module])
 
 
 def _wanted(
