@@ -492,6 +492,8 @@ class TestTerminal:
         out, err = Terminal(), Terminal()
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
         printer = terminal.ReplyPrinter()
         printer.show(Thinking("hm"))
         printer.show(Text("a\x1b[2Jb\x07\n\tc"))
