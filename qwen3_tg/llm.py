@@ -350,16 +350,15 @@ def _start_engine(
     kernels = KernelCache(compiler.cache_dir(), name)
     kernels.load()
 
-    total, done = sum(weight.device_bytes for weight in stored.values()), 0
     factor = load_factor(policy.device) or 1.0
     plan = make_plan(ModelSize.of(config, stored), policy, context, factor)
     devices.check_memory(policy, plan.first_parts)
-    weights = {}
+    weights, done = {}, 0
     for weight_name, weight in stored.items():
         weights[weight_name] = to_device(weight, policy.device, policy.native)
         done += weight.device_bytes
         if on_progress:
-            on_progress(done, total)
+            on_progress(done, plan.weights_bytes)
     table = rope_table(config, context + policy.prefill_chunk)
     rope = Tensor(table, device=policy.device).realize()
     model = Qwen3(config, weights, rope, DTYPES[policy.dtype])

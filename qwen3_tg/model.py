@@ -118,11 +118,8 @@ class MoE:
         x: (B, S, D) -> (B, S, k) int32, (B, S, k) float32"""
         probs = self.gate(x).float().softmax(axis=-1)  # (B, S, E)
         # An expert's rank is how many are likelier; of equals, the one with the lower number.
-        expert, mine, other = (
-            Tensor.arange(self.num_experts),
-            probs.unsqueeze(-1),
-            probs.unsqueeze(-2),
-        )
+        expert = Tensor.arange(self.num_experts)
+        mine, other = probs.unsqueeze(-1), probs.unsqueeze(-2)
         ahead = (other > mine) | ((other == mine) & (expert < expert.unsqueeze(-1)))
         rank = ahead.sum(axis=-1).contiguous()  # (B, S, E)
         is_nth = rank.unsqueeze(-2) == Tensor.arange(self.k).unsqueeze(-1)  # (B, S, k, E)

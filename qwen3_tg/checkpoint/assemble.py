@@ -59,7 +59,7 @@ class _Maker:
         if _EXPERTS not in module:
             return self._module(module, shape)
         stacked = module.replace(_EXPERTS, ".mlp.switch_mlp.")
-        if any(True for _ in self._parts_of(stacked)):
+        if any(self._parts_of(stacked)):
             return self._module(stacked, shape)
         before, after = module.split(_EXPERTS)
         experts = [
