@@ -123,6 +123,9 @@ class _Stacks(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return np.stack([expert.arrays[name] for expert in self._experts])
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the copy
+        return name in self._experts[0].arrays
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._experts[0].arrays)
 

@@ -50,9 +50,10 @@ class ModelSize:
                 continue
             is_packed = True
             layer, expert, _ = name.partition(".mlp.experts.")
-            if expert and "g_idx" in list(weight.arrays):  # a lookup in _Stacks would copy
+            has_own_order = "g_idx" in weight.arrays
+            if expert and has_own_order:
                 copied[layer] += weight.device_bytes
-            if expert and ("g_idx" in list(weight.arrays) or weight.format == "AWQ"):
+            if expert and (has_own_order or weight.format == "AWQ"):
                 copied_for_one[layer] += weight.device_bytes
         experts = max(config.num_experts, 1)
         return ModelSize(
