@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_tg import compiler
-from qwen3_tg.errors import DeviceError, UsageError
+from qwen3_tg.errors import DeviceError, UsageError, check_count
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # New positions a prefill step computes. Where it is short, prompts waste little on padding; where
 # it is long, each weight that is read serves more positions, which a GPU needs.
 _PREFILL_CHUNK = {"CPU": 32}
 _PREFILL_CHUNK_ELSEWHERE = 256
+_PREFILL_CHUNK_FAST = 256  # of the CPU's own kernels, which compute nothing for padding
+# How a CPU computes: "fast" and "exact" by its own kernels (backends/qwen3_tg_cpu), "exact" without
+# rounding activations to 16 bits, "generic" by tinygrad's lowering, as every other device does.
+KERNELS = ("fast", "exact", "generic")
 # One step of a big model on a CPU takes longer than the 30 s after which tinygrad sees a hang.
 _CPU_PATIENCE_MS = 3_600_000.0
 _MEMINFO = Path("/proc/meminfo")
@@ -45,7 +49,8 @@ _MISSING = {
 class Policy:
     """How the model runs on a device: `dtype` is what activations are computed in, `kv_dtype` what
     keys and values are kept in, `native` the float formats that the device computes with,
-    `prefill_chunk` in positions."""
+    `prefill_chunk` in positions, `kernels` one of KERNELS, `threads` those that compute, where that
+    is ours to say."""
 
     device: str
     dtype: str
@@ -53,6 +58,8 @@ class Policy:
     native: frozenset[str]
     prefill_chunk: int
     reason: str
+    kernels: str = "generic"
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,24 @@ class DeviceReport:
 
 
 def choose(
-    device: str | None = None, dtype: str | None = None, kv_dtype: str | None = None
+    device: str | None = None,
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+    kernels: str | None = None,
+    threads: int | None = None,
 ) -> Policy:
     """Open the device asked for, or else DEV's, or else the first that works in tinygrad's order.
+
+    `kernels` is one of KERNELS, by default "fast" on a CPU, and "exact" where float32 is asked for;
+    with "fast" keys and values are kept in float16. `threads`: by default one a core.
 
     Raises DeviceError with what is missing, UsageError for a name or dtype that does not exist."""
     for what, asked in (("dtype", dtype), ("kv_dtype", kv_dtype)):
         if asked is not None and asked not in DTYPE_NAMES:
             raise UsageError(f"{what} must be one of {', '.join(DTYPE_NAMES)}, found {asked!r}")
+    if kernels is not None and kernels not in KERNELS:
+        raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, found {kernels!r}")
+    check_count("threads", threads, least=1)
     name, reason = _pick(device)
     if _family(name) == "CPU":
         _be_patient(name)
@@ -84,15 +101,60 @@ def choose(
                 f"{name} does not compute in {asked}; it does {', '.join(sorted(native))}: "
                 "leave the dtype away or choose one of these"
             )
+    kernels = _choose_kernels(name, dtype, kernels, threads)
     dtype = dtype or _best_dtype(name, native)
+    fast = kernels != "generic"
     return Policy(
         device=name,
         dtype=dtype,
-        kv_dtype=kv_dtype or dtype,
+        kv_dtype=kv_dtype or ("float16" if kernels == "fast" else dtype),
         native=native,
-        prefill_chunk=_PREFILL_CHUNK.get(_family(name), _PREFILL_CHUNK_ELSEWHERE),
+        prefill_chunk=_PREFILL_CHUNK_FAST
+        if fast
+        else _PREFILL_CHUNK.get(_family(name), _PREFILL_CHUNK_ELSEWHERE),
         reason=reason,
+        kernels=kernels,
+        threads=_cpu_kernels(threads, exact=False).threads if fast else None,
     )
+
+
+def own_kernels(policy: Policy) -> Any:
+    """The kernels that a policy computes with; None for tinygrad's lowering."""
+    if policy.kernels == "generic":
+        return None
+    return _cpu_kernels(policy.threads, exact=policy.kernels == "exact")
+
+
+def shares_memory(policy: Policy) -> bool:
+    """Whether weights can be used where they lie in the host's memory, at any address."""
+    return policy.kernels != "generic"
+
+
+def _choose_kernels(name: str, dtype: str | None, asked: str | None, threads: int | None) -> str:
+    """Those asked for, or the fastest there are. Only tinygrad's own compiler for C will do, and
+    activations in float32."""
+    from tinygrad.device import Device
+    from tinygrad.renderer.cstyle import ClangRenderer
+
+    suits = name == "CPU" and type(Device[name].renderer) is ClangRenderer
+    suits = suits and dtype in (None, "float32")
+    if asked in ("fast", "exact") and not suits:
+        raise UsageError(
+            f"kernels {asked!r} are for --device CPU (tinygrad's clang) in float32, not for {name}"
+            + (f" in {dtype}" if dtype else "")
+        )
+    if threads is not None and (not suits or asked == "generic"):
+        raise UsageError("threads can be chosen for the CPU's own kernels alone")
+    if asked == "generic" or not suits or _cpu_kernels(threads, exact=False) is None:
+        return "generic"
+    return asked or ("fast" if dtype is None else "exact")
+
+
+def _cpu_kernels(threads: int | None, exact: bool) -> Any:
+    """None, after one warning that says why, where they cannot be compiled or started."""
+    import qwen3_tg_cpu
+
+    return qwen3_tg_cpu.load(threads, exact)
 
 
 def reports() -> list[DeviceReport]:

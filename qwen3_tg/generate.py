@@ -1,7 +1,7 @@
 """From ids to the next id: prefill in chunks, decode one by one, and know when to stop.
 
 The only owner of TinyJit, of positions and of what the cache holds. Two graphs are captured: one
-computes a whole chunk of new positions, the other a single one. `start_pos` is symbolic in both, so
+computes a whole chunk of new positions, the other a single one. The position is an input of both, so
 no length of text is compiled anew; only when the cache grows (see kv_cache.py) are they captured
 again.
 
@@ -15,19 +15,23 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp
+from tinygrad import Tensor, TinyJit
 
+from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
+from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.linear import DTYPES
-from qwen3_tg.model import Qwen3
 from qwen3_tg.sampling import Sampling, sample
 
-Graph = Callable[[Tensor, UOp, UOp | int], Tensor]
+Graph = Callable[..., Tensor]
+# Positions whose logits are computed together where all are wanted: they are large.
+_EVERY_CHUNK = 64
 # tinygrad captures and schedules for a whole process: one thread computes at a time.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -38,12 +42,20 @@ class Engine:
 
     `context` is the most positions it takes."""
 
-    def __init__(self, model: Qwen3, policy: Policy, context: int, kernels: KernelCache):
-        self.model, self.context = model, context
-        self._device, self._chunk, self._kernels = policy.device, policy.prefill_chunk, kernels
+    def __init__(
+        self,
+        config: ModelConfig,
+        forward: Forward,
+        policy: Policy,
+        context: int,
+        kernels: KernelCache,
+    ):
+        self.context = context
+        self._forward, self._kernels, self._vocab_size = forward, kernels, config.vocab_size
+        self._device, self._chunk = policy.device, policy.prefill_chunk
         # The last chunk of a full context reaches past its end with padding.
         limit = context + policy.prefill_chunk
-        self._cache = KVCache(model.config, limit, DTYPES[policy.kv_dtype], policy.device)
+        self._cache = KVCache(config, limit, DTYPES[policy.kv_dtype], policy.device)
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
         self._graphs: dict[str, Graph] = {}
 
@@ -86,8 +98,8 @@ class Engine:
         self._forget_from(0)
         self._reserve(len(ids))
         rows = []
-        for start in range(0, len(ids), self._chunk):
-            new = ids[start : start + self._chunk]
+        for start in range(0, len(ids), self._size("all")):
+            new = ids[start : start + self._size("all")]
             rows.append(self._run("all", new, start)[: len(new)])
             self._cached_ids += new
         return np.concatenate(rows)
@@ -102,7 +114,7 @@ class Engine:
             )
 
     def _check_ids(self, ids: list[int]) -> None:
-        size = self.model.config.vocab_size
+        size = self._vocab_size
         for id in ids:
             if not isinstance(id, Integral) or not 0 <= id < size:
                 raise UsageError(f"token id {id!r} is not in the vocabulary of {size}")
@@ -117,33 +129,32 @@ class Engine:
             self._graphs.clear()  # first, as they write to the old buffers
             self._cache.grow(positions)
 
+    def _size(self, kind: str) -> int:
+        """New positions that a graph computes."""
+        return {"decode": 1, "prefill": self._chunk, "all": min(self._chunk, _EVERY_CHUNK)}[kind]
+
     def _run(self, kind: str, new: list[int], start: int) -> np.ndarray:
         """One step of the graph `kind` on new ids at positions start, start + 1, ..."""
-        size = 1 if kind == "decode" else self._chunk
+        size = self._size(kind)
         padded = np.array(new + [0] * (size - len(new)), dtype=np.int32).reshape(1, size)
         ids = Tensor(padded, device=self._device).realize()
-        first_pos = UOp.variable("start_pos", 0, self._cache.capacity - size).bind(start)
-        last_row = UOp.variable("last_row", 0, size - 1).bind(len(new) - 1) if size > 1 else 0
+        inputs = self._forward.inputs(start, len(new), size, self._cache.capacity)
         known = kind in self._graphs
         if not known:
-            self._graphs[kind] = _capture_at_once(self._graph(kind))
-        logits: np.ndarray = self._graphs[kind](ids, first_pos, last_row).numpy()
+            self._graphs[kind] = _capture_at_once(self._graph(kind == "all"))
+        logits: np.ndarray = self._graphs[kind](ids, *inputs).numpy()
         if not known:
             self._kernels.save()
-        if not np.isfinite(logits).all():
+        if not np.isfinite(logits[..., : len(new), :] if kind == "all" else logits).all():
             raise DeviceError(
                 f"{self._device} gave logits that are not finite numbers: the weights are damaged, "
                 "or numbers overflow there; try --dtype float32, or another --device"
             )
         return logits
 
-    def _graph(self, kind: str) -> Graph:
-        def graph(ids: Tensor, start_pos: UOp, last_row: UOp | int) -> Tensor:
-            x = self.model.hidden(ids, self._cache, start_pos)  # (1, S, D)
-            if kind == "all":
-                return self.model.logits(x)[0].realize()  # (S, V)
-            row = x[:, last_row : last_row + 1]  # the head is large: for the wanted row alone
-            return self.model.logits(row).flatten().realize()  # (V,)
+    def _graph(self, every: bool) -> Graph:
+        def graph(ids: Tensor, *inputs: Any) -> Tensor:
+            return self._forward.logits(ids, self._cache, every, *inputs).realize()
 
         return graph
 

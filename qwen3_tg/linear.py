@@ -34,6 +34,7 @@ class Weight:
     shape: tuple[int, ...]
     arrays: Mapping[str, Tensor]
     params: Mapping[str, int]
+    mapped: tuple[np.ndarray, ...] = ()  # parts of files that must stay while the arrays are used
 
     def values(self) -> Tensor:
         """What it stands for, as an expression: float32, or float16 where the device has it."""
@@ -56,17 +57,28 @@ class Weight:
         return sum(int(array.nbytes()) for array in self.arrays.values())
 
 
-def to_device(stored: StoredWeight, device: str, native: frozenset[str]) -> Weight:
+def to_device(
+    stored: StoredWeight, device: str, native: frozenset[str], shared: bool = False
+) -> Weight:
     """Copy a weight to the device, and let go of the file's pages. `native` are the float formats
-    that the device computes with. Realised."""
+    that the device computes with. Realised.
+
+    `shared`: the device reads the host's memory at any address, so what lies in a mapped file is
+    used where it is and read when it is first needed."""
     packed = unpack(stored) if stored.format in TABLE_BLOCKS else stored
-    arrays = {}
+    arrays, mapped = {}, []
     for name, array in packed.arrays.items():
         lacks_half = array.dtype == np.float16 and "float16" not in native
         host = np.ascontiguousarray(array.view(np.int16) if lacks_half else array)
-        arrays[name] = Tensor(host, device=device).realize()
-    stored.release()
-    return Weight(packed.format, packed.shape, arrays, packed.params)
+        if shared and isinstance(host, np.memmap):
+            dtype = getattr(dtypes, host.dtype.name)
+            arrays[name] = Tensor.from_blob(host.ctypes.data, host.shape, dtype=dtype, device=device)
+            mapped.append(host)
+        else:
+            arrays[name] = Tensor(host, device=device).realize()
+    if not mapped:
+        stored.release()
+    return Weight(packed.format, packed.shape, arrays, packed.params, tuple(mapped))
 
 
 class Linear:

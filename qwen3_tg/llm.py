@@ -49,12 +49,17 @@ def load(
     context: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     kv_dtype: str | None = None,
+    kernels: str | None = None,
+    threads: int | None = None,
 ) -> LLM:
     """Load a model: "tiny" (the embedded one), a Hugging Face directory, a GGUF file, or a name in
     the hub's cache.
 
     `dtype` is what it computes in: "float32", "float16" or "bfloat16"; by default the best the
     device does well; `kv_dtype` what the cache of keys and values is kept in, by default the same.
+    On a CPU `kernels` are "fast" (the default: float16 for the cache, and 16 bits for activations
+    that meet integer weights), "exact" (float32 for both; the default where `dtype` is "float32") or
+    "generic" (tinygrad's lowering), and `threads` is one a core unless it is given.
     `context` is the most tokens of prompt and answer together; by default what the checkpoint was
     made for. Beyond that YaRN is switched on with the factor it takes. `on_progress` is called with
     bytes of weights done and all of them.
@@ -64,7 +69,7 @@ def load(
     checkpoint = open_checkpoint(str(model))
     config, context, remark = checkpoint.config.with_context(context)
     notes = (*checkpoint.notes, remark) if remark else checkpoint.notes
-    policy = devices.choose(device, dtype, kv_dtype)
+    policy = devices.choose(device, dtype, kv_dtype, kernels, threads)
     return LLM(replace(checkpoint, config=config, notes=notes), policy, context, on_progress)
 
 
@@ -336,6 +341,7 @@ def _start_engine(
     """Put the weights on the device, one at a time, and build the model around them."""
     from tinygrad import Tensor
 
+    from qwen3_tg.forward import Fast, Lowered
     from qwen3_tg.generate import Engine
     from qwen3_tg.linear import DTYPES, to_device
     from qwen3_tg.model import Qwen3
@@ -344,22 +350,24 @@ def _start_engine(
     # one file of kernels for each kind of model, so that none is loaded in vain
     config, stored = checkpoint.config, checkpoint.weights
     kinds = [(weight.format, *weight.params.items()) for weight in stored.values()]
-    how = (policy.device, policy.dtype, policy.kv_dtype, policy.prefill_chunk)
+    how = (policy.device, policy.dtype, policy.kv_dtype, policy.prefill_chunk, policy.kernels)
     shape = hashlib.sha256(f"{config} {kinds} {how}".encode()).hexdigest()[:16]
     name = f"{compiler.fingerprint()}-{shape}"
-    kernels = KernelCache(compiler.cache_dir(), name)
-    kernels.load()
+    programs = KernelCache(compiler.cache_dir(), name)
+    programs.load()
 
     factor = load_factor(policy.device) or 1.0
     plan = make_plan(ModelSize.of(config, stored), policy, context, factor)
     devices.check_memory(policy, plan.first_parts)
-    weights, done = {}, 0
+    weights, done, shared = {}, 0, devices.shares_memory(policy)
     for weight_name, weight in stored.items():
-        weights[weight_name] = to_device(weight, policy.device, policy.native)
+        weights[weight_name] = to_device(weight, policy.device, policy.native, shared)
         done += weight.device_bytes
         if on_progress:
             on_progress(done, plan.weights_bytes)
     table = rope_table(config, context + policy.prefill_chunk)
     rope = Tensor(table, device=policy.device).realize()
     model = Qwen3(config, weights, rope, DTYPES[policy.dtype])
-    return Engine(model, policy, context, kernels)
+    kernels = devices.own_kernels(policy)
+    forward = Fast(model, kernels) if kernels else Lowered(model)
+    return Engine(config, forward, policy, context, programs)

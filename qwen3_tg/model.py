@@ -32,12 +32,12 @@ class RMSNorm:
     (Zhang & Sennrich 2019, arXiv:1910.07467). x: (..., D) -> (..., D)"""
 
     def __init__(self, weight: Weight, eps: float):
-        self.weight, self.eps = weight.values(), eps
+        self.weight, self.eps = weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
         x32 = x.float()  # squares of half-precision numbers overflow and round
         normed = x32 * (x32.square().mean(axis=-1, keepdim=True) + self.eps).rsqrt()
-        return normed.cast(x.dtype) * self.weight.cast(x.dtype)
+        return normed.cast(x.dtype) * self.weight.values().cast(x.dtype)
 
 
 class Attention:

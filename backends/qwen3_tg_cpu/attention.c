@@ -1,0 +1,260 @@
+// Attention over the cache of keys and values, which is read where it lies, never copied.
+//
+// Softmax in parts (Milakov & Gimelshein 2018, arXiv:1805.02867): of each part of the keys the
+// greatest score, the sum of exponentials and the mixed values are kept, and put together at the
+// end. The parts depend on lengths alone, not on the number of threads: nor do results.
+
+#define KEYS 64        // keys whose scores are computed at a time
+#define QUERIES 48     // query rows of a block at most: heads of one key/value head times positions
+#define MOST_PARTS 64  // of the keys, for one position
+
+typedef struct {
+    int heads, kv_heads, head_dim, cache_type;
+    i64 start, positions, row;  // row: floats of q, k and v of one position side by side
+    float *qkv, *out;           // q is read from qkv and already turned
+    u8 *k_cache, *v_cache;      // (capacity, kv_heads, head_dim)
+    float *parts;               // (parts, heads, head_dim + 2)
+} Attention;
+
+ALWAYS i64 type_size(int type) { return type == F32 ? 4 : 2; }
+
+ALWAYS const u8 *cached(const Attention *a, const u8 *cache, i64 position, int kv_head) {
+    return cache + (position * a->kv_heads + kv_head) * a->head_dim * type_size(a->cache_type);
+}
+
+static void read_cached(int type, const u8 *p, i64 n, float *out) {
+    Matrix row = {.type = type, .inputs = n, .data = {p}};
+    floats(&row, 0, 0, n, out);
+}
+
+// Round to the cache's type; what float16 cannot hold becomes its greatest number.
+static void write_cached(int type, u8 *p, i64 n, const float *x) {
+    for (i64 i = 0; i < n; i++) {
+        float v = x[i];
+        if (type == F32) {
+            WRITE(p + 4 * i, v);
+        } else if (type == F16) {
+            v = v > 65504.0f ? 65504.0f : v < -65504.0f ? -65504.0f : v;
+            WRITE(p + 2 * i, (_Float16)v);
+        } else {
+            u32 bits = READ(u32, &v);
+            u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+            WRITE(p + 2 * i, (u16)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded));
+        }
+    }
+}
+
+static float mean_square_scale(const float *x, i64 n, float eps) {
+    f8 squares = (f8)0.0f;
+    i64 i = 0;
+    for (; i + 8 <= n; i += 8) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (; i < n; i++) total += x[i] * x[i];
+    return 1.0f / __builtin_sqrtf(total / (float)n + eps);
+}
+
+static void rms_norm(const float *x, const float *weight, i64 n, float eps, float *out) {
+    float scale = mean_square_scale(x, n, eps);
+    for (i64 i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// QK-norm, then RoPE by split halves. `turn` is a position's row of the table: cosines, sines.
+static void norm_and_turn(float *x, const float *weight, const float *turn, i64 n, float eps) {
+    float scale = mean_square_scale(x, n, eps);
+    i64 half_n = n / 2;
+    for (i64 i = 0; i < half_n; i++) {
+        float a = x[i] * scale * weight[i], b = x[i + half_n] * scale * weight[i + half_n];
+        x[i] = a * turn[i] - b * turn[half_n + i];
+        x[i + half_n] = b * turn[i] + a * turn[half_n + i];
+    }
+}
+
+// Exponentials of scores, and their sum. Scores that are minus infinity become 0.
+static float exponentials(float *scores, i64 n, float greatest) {
+    f8 total = (f8)0.0f;
+    i64 i = 0;
+    for (; i + 8 <= n; i += 8) {
+        f8 e = exp8(load(scores + i) - greatest);
+        store(scores + i, e);
+        total += e;
+    }
+    float all = sum(total);
+    for (; i < n; i++) all += scores[i] = exp8((f8)(scores[i] - greatest))[0];
+    return all;
+}
+
+static float greatest_of(const float *x, i64 n, float most) {
+    for (i64 i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+// ---- one position -------------------------------------------------------------------------
+
+// Keys in a part: a multiple of KEYS, so that there are at most MOST_PARTS.
+static i64 part_keys(i64 keys) {
+    i64 each = (keys + MOST_PARTS - 1) / MOST_PARTS;
+    return (each + KEYS - 1) / KEYS * KEYS;
+}
+
+ALWAYS void dots(const int type, const int queries, const float *q, const u8 *k, i64 stride, i64 n,
+                 i64 head_dim, float *scores, i64 ld) {
+    const int size = type == F32 ? 4 : 2;
+    for (i64 t = 0; t < n; t++, k += stride) {
+        f8 sums[4] = {0};
+        i64 i = 0;
+        for (; i + 8 <= head_dim; i += 8) {
+            f8 key = eight(type, k + size * i);
+            for (int g = 0; g < queries; g++) sums[g] += key * load(q + g * head_dim + i);
+        }
+        for (int g = 0; g < queries; g++) {
+            float s = sum(sums[g]);
+            for (i64 j = i; j < head_dim; j++) s += one(type, k + size * j) * q[g * head_dim + j];
+            scores[g * ld + t] = s;
+        }
+    }
+}
+
+// out += sums of values by weights, for `queries` queries.
+ALWAYS void mix(const int type, const int queries, const float *weights, i64 ld, const u8 *v,
+                i64 stride, i64 n, i64 head_dim, float *out, i64 ldo) {
+    const int size = type == F32 ? 4 : 2;
+    i64 i = 0;
+    for (; i + 16 <= head_dim; i += 16) {
+        f8 a[4], b[4];
+        for (int g = 0; g < queries; g++) {
+            a[g] = load(out + g * ldo + i), b[g] = load(out + g * ldo + i + 8);
+        }
+        for (i64 t = 0; t < n; t++) {
+            f8 x = eight(type, v + t * stride + size * i), y = eight(type, v + t * stride + size * (i + 8));
+            for (int g = 0; g < queries; g++) {
+                a[g] += x * weights[g * ld + t];
+                b[g] += y * weights[g * ld + t];
+            }
+        }
+        for (int g = 0; g < queries; g++) {
+            store(out + g * ldo + i, a[g]), store(out + g * ldo + i + 8, b[g]);
+        }
+    }
+    for (; i < head_dim; i++)
+        for (int g = 0; g < queries; g++)
+            for (i64 t = 0; t < n; t++)
+                out[g * ldo + i] += one(type, v + t * stride + size * i) * weights[g * ld + t];
+}
+
+// `queries` query heads of one key/value head, over the keys of one part, with values of `type`.
+ALWAYS void part_of(const Attention *a, const int type, const int queries, int head, i64 first,
+                    i64 end, float *part) {
+    i64 d = a->head_dim, stride = a->kv_heads * d * type_size(type), ld = d + 2;
+    int kv_head = head / (a->heads / a->kv_heads);
+    float scores[4 * KEYS];
+    for (int g = 0; g < queries; g++) {
+        __builtin_memset(part + g * ld, 0, 4 * (d + 1));
+        part[g * ld + d + 1] = -__builtin_inff();
+    }
+    for (i64 t = first; t < end; t += KEYS) {
+        i64 n = end - t < KEYS ? end - t : KEYS;
+        dots(type, queries, a->qkv + head * d, cached(a, a->k_cache, t, kv_head), stride, n, d, scores, KEYS);
+        for (int g = 0; g < queries; g++) {
+            float *mixed = part + g * ld, before = mixed[d + 1];
+            float most = greatest_of(scores + g * KEYS, n, before);
+            float fade = exp8((f8)(before - most))[0];
+            mixed[d] = mixed[d] * fade + exponentials(scores + g * KEYS, n, most);
+            mixed[d + 1] = most;
+            for (i64 i = 0; i < d; i++) mixed[i] *= fade;
+        }
+        mix(type, queries, scores, KEYS, cached(a, a->v_cache, t, kv_head), stride, n, d, part, ld);
+    }
+}
+
+static void part(const Attention *a, int head, int queries, i64 first, i64 end, float *out) {
+#define CASE(T, G) if (a->cache_type == T && queries == G) part_of(a, T, G, head, first, end, out);
+#define TYPE(T) CASE(T, 1) CASE(T, 2) CASE(T, 3) CASE(T, 4)
+    TYPE(F32) TYPE(F16) TYPE(BF16)
+#undef TYPE
+#undef CASE
+}
+
+// Put the parts of one head together.
+static void join_parts(const Attention *a, int head, i64 parts) {
+    i64 d = a->head_dim, ld = d + 2;
+    const float *of_head = a->parts + head * ld;
+    float most = -__builtin_inff(), total = 0, *out = a->out + head * d;
+    for (i64 p = 0; p < parts; p++) most = greatest_of(of_head + p * a->heads * ld + d + 1, 1, most);
+    __builtin_memset(out, 0, 4 * d);
+    for (i64 p = 0; p < parts; p++) {
+        const float *x = of_head + p * a->heads * ld;
+        float weight = exp8((f8)(x[d + 1] - most))[0];
+        total += weight * x[d];
+        for (i64 i = 0; i < d; i++) out[i] += weight * x[i];
+    }
+    for (i64 i = 0; i < d; i++) out[i] /= total;
+}
+
+// ---- many positions -----------------------------------------------------------------------
+
+static i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+// Positions in a block of queries.
+static i64 block_positions(const Attention *a) {
+    i64 group = a->heads / a->kv_heads, n = QUERIES / group;
+    return n < 1 ? 1 : n;
+}
+
+// Floats of room that block() takes.
+static i64 block_floats(const Attention *a) {
+    i64 d = round_up(a->head_dim, PANEL), rows = block_positions(a) * (a->heads / a->kv_heads);
+    return rows * (2 * d + KEYS + 2) + 2 * KEYS * d;
+}
+
+// Positions s0 ... s0+n-1 of the query heads of one key/value head, over all keys they may see.
+static void block(const Attention *a, int kv_head, i64 s0, i64 n, float *room) {
+    i64 group = a->heads / a->kv_heads, d = a->head_dim, wide = round_up(d, PANEL), rows = n * group;
+    float *q = room, *mixed = q + rows * d, *scores = mixed + rows * wide, *total = scores + rows * KEYS;
+    float *most = total + rows, *keys = most + rows, *values = keys + KEYS * d;
+    for (i64 r = 0; r < rows; r++) {  // row r: position r / group, head r % group of the group
+        const float *from = a->qkv + (s0 + r / group) * a->row + (kv_head * group + r % group) * d;
+        __builtin_memcpy(q + r * d, from, 4 * d);
+        total[r] = 0, most[r] = -__builtin_inff();
+    }
+    __builtin_memset(mixed, 0, 4 * rows * wide);
+    i64 end = a->start + s0 + n;
+    for (i64 t = 0; t < end; t += KEYS) {
+        i64 seen = end - t < KEYS ? end - t : KEYS;
+        // 1. Scores: panels of sixteen keys.
+        for (i64 p = 0; p < seen; p += PANEL) {
+            for (i64 j = 0; j < PANEL; j++) {
+                float *key = values + j * d;  // free until step 3
+                if (p + j < seen) read_cached(a->cache_type, cached(a, a->k_cache, t + p + j, kv_head), d, key);
+                else __builtin_memset(key, 0, 4 * d);
+            }
+            turn_rows(values, d, d, keys), turn_rows(values + 8 * d, d, d, keys + 8);
+            tiles(rows, q, d, keys, PANEL, d, scores + p, KEYS, 0);
+        }
+        // 2. What a position may not see, and the softmax of this part.
+        for (i64 r = 0; r < rows; r++) {
+            float *of_row = scores + r * KEYS;
+            i64 may_see = a->start + s0 + r / group + 1 - t;
+            for (i64 i = may_see < 0 ? 0 : may_see; i < KEYS; i++) of_row[i] = -__builtin_inff();
+            float greatest = greatest_of(of_row, seen, most[r]);
+            if (greatest == -__builtin_inff()) {
+                __builtin_memset(of_row, 0, 4 * KEYS);
+                continue;
+            }
+            float fade = exp8((f8)(most[r] - greatest))[0];
+            total[r] = total[r] * fade + exponentials(of_row, seen, greatest);
+            most[r] = greatest;
+            for (i64 i = 0; i < wide; i++) mixed[r * wide + i] *= fade;
+        }
+        // 3. Values, mixed by it.
+        for (i64 j = 0; j < seen; j++) {
+            read_cached(a->cache_type, cached(a, a->v_cache, t + j, kv_head), d, values + j * wide);
+            for (i64 i = d; i < wide; i++) values[j * wide + i] = 0;
+        }
+        for (i64 i = 0; i < wide; i += PANEL)
+            tiles(rows, scores, KEYS, values + i, wide, seen, mixed + i, wide, 1);
+    }
+    for (i64 r = 0; r < rows; r++) {
+        float *to = a->out + ((s0 + r / group) * a->heads + kv_head * group + r % group) * d;
+        for (i64 i = 0; i < d; i++) to[i] = mixed[r * wide + i] / total[r];
+    }
+}

@@ -1,0 +1,253 @@
+// y = x W^T. One position waits for memory: each row of W is read once, decoded in registers and
+// multiplied. Many positions wait for arithmetic: sixteen rows of W are decoded into a panel that
+// fits in the cache, and tiles of 6 x 16 sums stay in registers.
+
+#define PANEL 16          // outputs in a panel
+#define CHUNK 256         // inputs decoded at a time: a panel of them is half of a 32 KiB cache
+#define TILE 6            // positions in a tile: 12 sums, 2 values of W and one of x in 16 registers
+
+// One position's activations. Where `q` is there, it is x in 16 bits: x = q * scale for each 32 of
+// them, of which the 16 even ones come first. That is the order in which words of two bytes of a
+// weight give their low and their high bytes.
+typedef struct {
+    const float *x;
+    i16 *q;
+    float *scale;
+    float *sum32, *sum16;  // of q * scale over each 32 and each 16 values, for weights with offsets
+} Activations;
+
+#define ACTIVATION_BYTES(inputs) ((inputs) * 2 + ((inputs) / 32 + 1) * 16 + 1024)
+
+// Round x to 16 bits by blocks of 32, into `room` of ACTIVATION_BYTES. Not a number stays that.
+static Activations quantised(const float *x, i64 inputs, u8 *room) {
+    i64 blocks = inputs / 32;
+    Activations a = {x, (i16 *)room};
+    a.scale = (float *)(room + (inputs * 2 + 63) / 64 * 64);
+    a.sum32 = a.scale + blocks;
+    a.sum16 = a.sum32 + blocks;
+    for (i64 b = 0; b < blocks; b++) {
+        f8 v[4], most = (f8)0.0f, zero = (f8)0.0f;
+        for (int i = 0; i < 4; i++) {
+            v[i] = load(x + 32 * b + 8 * i);
+            most = __builtin_elementwise_max(most, __builtin_elementwise_abs(v[i]));
+            zero += v[i] * 0.0f;
+        }
+        float peak = 0;
+        for (int i = 0; i < 8; i++) peak = most[i] > peak ? most[i] : peak;
+        float scale = peak > 1e-30f ? peak / 32767.0f : 0.0f, inverse = scale ? 1 / scale : 0.0f;
+        i32 sums[2];
+        i16x16 side[2];
+        for (int h = 0; h < 2; h++) {
+            i32x8 q[2];
+            for (int i = 0; i < 2; i++)
+                q[i] = __builtin_convertvector(
+                    __builtin_elementwise_roundeven(v[2 * h + i] * inverse), i32x8);
+            i32x8 s = q[0] + q[1];
+            sums[h] = s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7];
+            side[h] = __builtin_shufflevector(__builtin_convertvector(q[0], i16x8),
+                                              __builtin_convertvector(q[1], i16x8), 0, 1, 2, 3, 4, 5,
+                                              6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        }
+        WRITE(a.q + 32 * b, __builtin_shufflevector(side[0], side[1], 0, 2, 4, 6, 8, 10, 12, 14, 16,
+                                                    18, 20, 22, 24, 26, 28, 30));
+        WRITE(a.q + 32 * b + 16, __builtin_shufflevector(side[0], side[1], 1, 3, 5, 7, 9, 11, 13, 15,
+                                                         17, 19, 21, 23, 25, 27, 29, 31));
+        a.scale[b] = scale + sum(zero);  // 0 is added, or not a number
+        a.sum16[2 * b] = (float)sums[0] * a.scale[b];
+        a.sum16[2 * b + 1] = (float)sums[1] * a.scale[b];
+        a.sum32[b] = a.sum16[2 * b] + a.sum16[2 * b + 1];
+    }
+    return a;
+}
+
+// `rows` rows of blocks against activations of 16 bits.
+ALWAYS void dot_units(UnitOf *unit, const int values, const int bytes, const int group,
+                      const int is_signed, const int rows, const u8 *w, i64 row_bytes,
+                      const Activations *a, i64 inputs, float *y) {
+    f8 sums[4] = {0};
+    float extra[4] = {0};
+    const float *over = group == 16 ? a->sum16 : a->sum32;
+    for (i64 n = 0; n < inputs / values; n++, over += values / group) {
+        const i16 *x = a->q + n * values;
+        const float *xs = a->scale + n * (values / 32);
+#pragma clang loop unroll(full)
+        for (int r = 0; r < rows; r++) {
+            Unit u;
+            unit(w + r * row_bytes + n * bytes, &u);
+#pragma clang loop unroll(full)
+            for (int i = 0; i < values / 32; i++) {
+                i16x16 q = READ(i16x16, u.q + i);
+                i16x16 even = is_signed ? (q << 8) >> 8 : q & 255;
+                i16x16 odd = is_signed ? q >> 8 : (i16x16)((u16x16)q >> 8);
+                i32x8 p = pair_products(even, READ(i16x16, x + 32 * i)) +
+                          pair_products(odd, READ(i16x16, x + 32 * i + 16));
+                if (group == 32) {
+                    sums[r] += __builtin_convertvector(p, f8) * (u.scale[i] * xs[i]);
+                } else {
+                    float s = u.scale[2 * i] * xs[i], t = u.scale[2 * i + 1] * xs[i];
+                    sums[r] += __builtin_convertvector(p, f8) * (f8){s, s, s, s, t, t, t, t};
+                }
+                if (!is_signed && values == 32) extra[r] += u.offset[0] * over[0];
+            }
+            if (!is_signed && values == 256)
+#pragma clang loop unroll(full)
+                for (int g = 0; g < values / group; g += 8)
+                    sums[r] += load(u.offset + g) * load(over + g);
+        }
+    }
+    for (int r = 0; r < rows; r++) y[r] = sum(sums[r]) + extra[r];
+}
+
+ALWAYS f8 eight(const int type, const u8 *p) {
+    return type == F32 ? READ(f8, p) : type == F16 ? halves(p) : bfloats(p);
+}
+ALWAYS float one(const int type, const u8 *p) {
+    return type == F32 ? READ(float, p) : type == F16 ? half(p) : bfloat(p);
+}
+
+// `rows` rows of floats.
+ALWAYS void dot_floats(const int type, const int rows, const u8 *w, i64 row_bytes, const float *x,
+                       i64 inputs, float *y) {
+    const int size = type == F32 ? 4 : 2;
+    f8 a[4] = {0}, b[4] = {0};
+    i64 k = 0;
+    for (; k + 16 <= inputs; k += 16) {
+        f8 x0 = load(x + k), x1 = load(x + k + 8);
+        for (int r = 0; r < rows; r++) {
+            a[r] += eight(type, w + r * row_bytes + size * k) * x0;
+            b[r] += eight(type, w + r * row_bytes + size * (k + 8)) * x1;
+        }
+    }
+    for (int r = 0; r < rows; r++) y[r] = sum(a[r] + b[r]);
+    for (; k < inputs; k++)
+        for (int r = 0; r < rows; r++) y[r] += one(type, w + r * row_bytes + size * k) * x[k];
+}
+
+// Any type by rows, decoded to floats first.
+static float dot_decoded(const Matrix *m, i64 row, const float *x) {
+    float values[CHUNK], y, total = 0;
+    for (i64 k = 0; k < m->inputs; k += CHUNK) {
+        i64 n = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
+        floats(m, row, k, n, values);
+        dot_floats(F32, 1, (const u8 *)values, 0, x + k, n, &y);
+        total += y;
+    }
+    return total;
+}
+
+static void columns(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
+    if (m->type == AWQ) columns_AWQ(m, o0, k0, n, out);
+    else columns_GPTQ(m, o0, k0, n, out);
+}
+
+// y = outputs o0 ... o0+n-1 for one position; o0 is a multiple of PANEL.
+static void one_position(const Matrix *m, i64 o0, i64 n, const Activations *a, float *y) {
+    const u8 *w = m->data[0] + o0 * m->row_bytes;
+    const i64 bytes = m->row_bytes;
+    i64 r = 0;
+    if (by_columns(m)) {
+        float values[CHUNK * PANEL];
+        for (; r < n; r += PANEL) {
+            f8 low = (f8)0.0f, high = (f8)0.0f;
+            for (i64 k = 0; k < m->inputs; k += CHUNK) {
+                i64 chunk = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
+                columns(m, o0 + r, k, chunk, values);
+                for (i64 i = 0; i < chunk; i++) {
+                    low += load(values + PANEL * i) * a->x[k + i];
+                    high += load(values + PANEL * i + 8) * a->x[k + i];
+                }
+            }
+            for (i64 i = 0; i < PANEL && r + i < n; i++) y[r + i] = i < 8 ? low[i] : high[i - 8];
+        }
+        return;
+    }
+#define ROWS(CALL_4, CALL_1)                                                                     \
+    for (; r + 4 <= n; r += 4) CALL_4;                                                           \
+    for (; r < n; r++) CALL_1;                                                                   \
+    return;
+    switch (a->q || m->type <= BF16 ? m->type : -1) {
+#define FLOATS(T)                                                                                \
+    case T: ROWS(dot_floats(T, 4, w + r * bytes, bytes, a->x, m->inputs, y + r),                 \
+                 dot_floats(T, 1, w + r * bytes, bytes, a->x, m->inputs, y + r))
+        FLOATS(F32) FLOATS(F16) FLOATS(BF16)
+#define CASE(T, V, B, G, O)                                                                      \
+    case T: ROWS(dot_units(unit_##T, V, B, G, O, 4, w + r * bytes, bytes, a, m->inputs, y + r),  \
+                 dot_units(unit_##T, V, B, G, O, 1, w + r * bytes, bytes, a, m->inputs, y + r))
+        UNITS(CASE)
+#undef CASE
+#undef FLOATS
+    }
+    for (; r < n; r++) y[r] = dot_decoded(m, o0 + r, a->x);
+}
+
+// c (n, 16) = or += x (n, K) times w (K, 16); ld* are distances between rows, in floats.
+ALWAYS void tile(const int n, const float *x, i64 ldx, const float *w, i64 ldw, i64 K, float *c,
+                 i64 ldc, int add) {
+    f8 sums[TILE][2];
+    for (int r = 0; r < n; r++)
+        for (int j = 0; j < 2; j++) sums[r][j] = add ? load(c + r * ldc + 8 * j) : (f8)0.0f;
+    for (i64 k = 0; k < K; k++) {
+        f8 low = load(w + k * ldw), high = load(w + k * ldw + 8);
+        for (int r = 0; r < n; r++) {
+            f8 v = (f8)(x[r * ldx + k]);
+            sums[r][0] += low * v;
+            sums[r][1] += high * v;
+        }
+    }
+    for (int r = 0; r < n; r++)
+        for (int j = 0; j < 2; j++) store(c + r * ldc + 8 * j, sums[r][j]);
+}
+
+static void tiles(i64 n, const float *x, i64 ldx, const float *w, i64 ldw, i64 K, float *c, i64 ldc,
+                  int add) {
+    for (; n >= TILE; n -= TILE, x += TILE * ldx, c += TILE * ldc)
+        tile(TILE, x, ldx, w, ldw, K, c, ldc, add);
+    switch (n) {
+    case 5: tile(5, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 4: tile(4, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 3: tile(3, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 2: tile(2, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 1: tile(1, x, ldx, w, ldw, K, c, ldc, add); break;
+    }
+}
+
+// Eight rows of n values become columns of an (n, 16) panel.
+static void turn_rows(const float *rows, i64 ld, i64 n, float *out) {
+    i64 k = 0;
+    for (; k + 8 <= n; k += 8) {
+        f8 t[8];
+        for (int i = 0; i < 8; i++) t[i] = load(rows + ld * i + k);
+        transpose8(t);
+        for (int i = 0; i < 8; i++) store(out + PANEL * (k + i), t[i]);
+    }
+    for (; k < n; k++)
+        for (int i = 0; i < 8; i++) out[PANEL * k + i] = rows[ld * i + k];
+}
+
+// Inputs k0 ... k0+n-1 of outputs o0 ... o0+15, as (n, 16); outputs beyond the last are zero.
+// `rows` has room for 8 x CHUNK floats.
+static void panel(const Matrix *m, i64 o0, i64 k0, i64 n, float *rows, float *out) {
+    if (by_columns(m)) {
+        columns(m, o0, k0, n, out);
+        return;
+    }
+    for (int side = 0; side < PANEL; side += 8) {
+        for (int i = 0; i < 8; i++) {
+            if (o0 + side + i < m->outputs) floats(m, o0 + side + i, k0, n, rows + CHUNK * i);
+            else __builtin_memset(rows + CHUNK * i, 0, 4 * n);
+        }
+        turn_rows(rows, CHUNK, n, out + side);
+    }
+}
+
+#define PANEL_FLOATS (CHUNK * (PANEL + 8))
+
+// c (positions, 16) = x W^T for outputs o0 ... o0+15. `room` has PANEL_FLOATS floats.
+static void many_positions(const Matrix *m, i64 o0, i64 positions, const float *x, float *c,
+                           float *room) {
+    for (i64 k = 0; k < m->inputs; k += CHUNK) {
+        i64 n = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
+        panel(m, o0, k, n, room + CHUNK * PANEL, room);
+        tiles(positions, x + k, m->inputs, room, PANEL, n, c, PANEL, k > 0);
+    }
+}

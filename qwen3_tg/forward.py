@@ -1,0 +1,111 @@
+"""Two ways to compute a step, with the same weights and the same cache.
+
+`Lowered` is model.py as tinygrad lowers it, on every device. `Fast` gives the parts of the same
+model to a device's own kernels (a package in backends/), and what those do not have, experts, to
+tinygrad. generate.py captures either in a graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from tinygrad import Tensor, UOp, function
+
+from qwen3_tg.kv_cache import KVCache
+from qwen3_tg.model import Block, MoE, Qwen3
+
+
+class Forward(Protocol):
+    """A step computes S new positions, of which `rows` are there and the others are padding."""
+
+    def inputs(self, start: int, rows: int, S: int, capacity: int) -> tuple[Any, ...]:
+        """What changes from step to step, besides the ids: arguments of the captured graph."""
+
+    def logits(self, ids: Tensor, cache: KVCache, every: bool, *inputs: Any) -> Tensor:
+        """After the last position that is there, (V,), or after every one, (S, V). ids: (1, S)"""
+
+
+class Lowered:
+    """By tinygrad's lowering. The position is a symbolic number in its kernels."""
+
+    def __init__(self, model: Qwen3):
+        self._model = model
+
+    def inputs(self, start: int, rows: int, S: int, capacity: int) -> tuple[UOp, UOp | int]:
+        start_pos = UOp.variable("start_pos", 0, capacity - S).bind(start)
+        last_row = UOp.variable("last_row", 0, S - 1).bind(rows - 1) if S > 1 else 0
+        return start_pos, last_row
+
+    def logits(
+        self, ids: Tensor, cache: KVCache, every: bool, start_pos: UOp, last_row: UOp | int
+    ) -> Tensor:
+        x = self._model.hidden(ids, cache, start_pos)  # (1, S, D)
+        if every:
+            return self._model.logits(x)[0]  # (S, V)
+        row = x[:, last_row : last_row + 1]  # the head is large: for the wanted row alone
+        return self._model.logits(row).flatten()  # (V,)
+
+
+class Fast:
+    """By the kernels of qwen3_tg_cpu. The position is two numbers in memory, which they read."""
+
+    def __init__(self, model: Qwen3, kernels: Any):
+        self._model, self._kernels = model, kernels
+        self._eps = model.config.rms_norm_eps
+        self._layers = [(self._attention(block), self._mlp(block)) for block in model.layers]
+        self._norm = kernels.vector(model.norm.weight)
+
+    def inputs(self, start: int, rows: int, S: int, capacity: int) -> tuple[Tensor]:
+        return (Tensor(np.array([start, rows], dtype=np.int32), device="CPU").realize(),)
+
+    def logits(self, ids: Tensor, cache: KVCache, every: bool, at: Tensor) -> Tensor:
+        model = self._model
+        x = self._kernels.embed(ids, model.embed_tokens.weight, at)
+        for block, weights, kv in zip(model.layers, self._layers, cache.layers, strict=True):
+            x = self._kernels.layer(x, at, *weights, model.rope, kv.k, kv.v)
+            if isinstance(block.mlp, MoE):
+                x = _experts(block, x)
+        head = model.lm_head.weight
+        logits: Tensor = self._kernels.head(x, at, self._norm, head, self._eps, every)
+        return logits
+
+    def _attention(self, block: Block) -> Any:
+        from qwen3_tg_cpu import AttentionWeights
+
+        attn, vector = block.self_attn, self._kernels.vector
+        return AttentionWeights(
+            norm=vector(block.input_layernorm.weight),
+            q_proj=attn.q_proj.weight,
+            k_proj=attn.k_proj.weight,
+            v_proj=attn.v_proj.weight,
+            q_norm=vector(attn.q_norm.weight),
+            k_norm=vector(attn.k_norm.weight),
+            o_proj=attn.o_proj.weight,
+            heads=attn.num_heads,
+            kv_heads=attn.num_kv_heads,
+            eps=self._eps,
+        )
+
+    def _mlp(self, block: Block) -> Any:
+        from qwen3_tg_cpu import MLPWeights
+
+        if isinstance(block.mlp, MoE):
+            return None
+        return MLPWeights(
+            norm=self._kernels.vector(block.post_attention_layernorm.weight),
+            gate_proj=block.mlp.gate_proj.weight,
+            up_proj=block.mlp.up_proj.weight,
+            down_proj=block.mlp.down_proj.weight,
+            eps=self._eps,
+        )
+
+
+def _experts(block: Block, h: Tensor) -> Tensor:
+    """h + experts, by tinygrad's lowering."""
+
+    @function(precompile=True, allow_implicit=True)
+    def experts(h: Tensor) -> Tensor:
+        return (h + block.mlp(block.post_attention_layernorm(h))).contiguous()
+
+    return experts(h)
