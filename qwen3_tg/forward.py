@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
 from tinygrad import Tensor, UOp, function
 
 from qwen3_tg.kv_cache import KVCache
@@ -19,11 +18,15 @@ from qwen3_tg.model import Block, MoE, Qwen3
 class Forward(Protocol):
     """A step computes S new positions, of which `rows` are there and the others are padding."""
 
-    def inputs(self, start: int, rows: int, S: int, capacity: int) -> tuple[Any, ...]:
-        """What changes from step to step, besides the ids: arguments of the captured graph."""
+    def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[Any, ...]:
+        """Symbolic numbers, bound for this step, that `logits` is to be given."""
 
-    def logits(self, ids: Tensor, cache: KVCache, every: bool, *inputs: Any) -> Tensor:
-        """After the last position that is there, (V,), or after every one, (S, V). ids: (1, S)"""
+    def logits(
+        self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any
+    ) -> Tensor:
+        """After the last position that is there, (V,), or after every one, (S, V).
+
+        ids: (1, S) int32; at: the position of the first one and `rows`, (2,) int32"""
 
 
 class Lowered:
@@ -32,14 +35,15 @@ class Lowered:
     def __init__(self, model: Qwen3):
         self._model = model
 
-    def inputs(self, start: int, rows: int, S: int, capacity: int) -> tuple[UOp, UOp | int]:
+    def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[UOp, UOp | int]:
         start_pos = UOp.variable("start_pos", 0, capacity - S).bind(start)
         last_row = UOp.variable("last_row", 0, S - 1).bind(rows - 1) if S > 1 else 0
         return start_pos, last_row
 
     def logits(
-        self, ids: Tensor, cache: KVCache, every: bool, start_pos: UOp, last_row: UOp | int
+        self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any
     ) -> Tensor:
+        start_pos, last_row = symbols
         x = self._model.hidden(ids, cache, start_pos)  # (1, S, D)
         if every:
             return self._model.logits(x)[0]  # (S, V)
@@ -56,10 +60,12 @@ class Fast:
         self._layers = [(self._attention(block), self._mlp(block)) for block in model.layers]
         self._norm = kernels.vector(model.norm.weight)
 
-    def inputs(self, start: int, rows: int, S: int, capacity: int) -> tuple[Tensor]:
-        return (Tensor(np.array([start, rows], dtype=np.int32), device="CPU").realize(),)
+    def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[()]:
+        return ()
 
-    def logits(self, ids: Tensor, cache: KVCache, every: bool, at: Tensor) -> Tensor:
+    def logits(
+        self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any
+    ) -> Tensor:
         model = self._model
         x = self._kernels.embed(ids, model.embed_tokens.weight, at)
         for block, weights, kv in zip(model.layers, self._layers, cache.layers, strict=True):

@@ -1,24 +1,19 @@
 """From ids to the next id: prefill in chunks, decode one by one, and know when to stop.
 
-The only owner of TinyJit, of positions and of what the cache holds. Two graphs are captured: one
+The only owner of positions and of what the cache holds. Two graphs are captured (step_graph.py): one
 computes a whole chunk of new positions, the other a single one. The position is an input of both, so
 no length of text is compiled anew; only when the cache grows (see kv_cache.py) are they captured
 again.
-
-Touches tinygrad's internals: `TinyJit.cnt`. TinyJit runs a function twice before it captures, to
-see what a changing first call would do; ours never changes, and each such run costs seconds.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from numbers import Integral
-from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, TinyJit
 
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy
@@ -28,8 +23,8 @@ from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.linear import DTYPES
 from qwen3_tg.sampling import Sampling, sample
+from qwen3_tg.step_graph import StepGraph
 
-Graph = Callable[..., Tensor]
 # Positions whose logits are computed together where all are wanted: they are large.
 _EVERY_CHUNK = 64
 # tinygrad captures and schedules for a whole process: one thread computes at a time.
@@ -57,7 +52,7 @@ class Engine:
         limit = context + policy.prefill_chunk
         self._cache = KVCache(config, limit, DTYPES[policy.kv_dtype], policy.device)
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[str, StepGraph] = {}
 
     @property
     def cache_capacity(self) -> int:
@@ -135,14 +130,11 @@ class Engine:
 
     def _run(self, kind: str, new: list[int], start: int) -> np.ndarray:
         """One step of the graph `kind` on new ids at positions start, start + 1, ..."""
-        size = self._size(kind)
-        padded = np.array(new + [0] * (size - len(new)), dtype=np.int32).reshape(1, size)
-        ids = Tensor(padded, device=self._device).realize()
-        inputs = self._forward.inputs(start, len(new), size, self._cache.capacity)
         known = kind in self._graphs
         if not known:
-            self._graphs[kind] = _capture_at_once(self._graph(kind == "all"))
-        logits: np.ndarray = self._graphs[kind](ids, *inputs).numpy()
+            size, every = self._size(kind), kind == "all"
+            self._graphs[kind] = StepGraph(self._forward, self._cache, self._device, size, every)
+        logits = self._graphs[kind](new, start)
         if not known:
             self._kernels.save()
         if not np.isfinite(logits[..., : len(new), :] if kind == "all" else logits).all():
@@ -151,12 +143,6 @@ class Engine:
                 "or numbers overflow there; try --dtype float32, or another --device"
             )
         return logits
-
-    def _graph(self, every: bool) -> Graph:
-        def graph(ids: Tensor, *inputs: Any) -> Tensor:
-            return self._forward.logits(ids, self._cache, every, *inputs).realize()
-
-        return graph
 
 
 class Generation(Iterator[int]):
@@ -213,12 +199,6 @@ class Generation(Iterator[int]):
         self._ids += fitting
         self.new_tokens += len(fitting)
         return fitting
-
-
-def _capture_at_once(graph: Graph) -> Graph:
-    jit = TinyJit(graph)
-    jit.cnt = 1
-    return jit
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

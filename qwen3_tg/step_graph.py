@@ -1,0 +1,67 @@
+"""A captured graph: one step of the model, whose ids and position are written where it reads them.
+
+The only owner of TinyJit. What changes from step to step lies in two buffers that the graph was
+captured with: handing new tensors to a graph costs milliseconds of scheduling each time.
+
+Touches tinygrad's internals: a tensor's `Buffer`; and `TinyJit.cnt`, as TinyJit runs a function twice
+before it captures, to see what a changing first call would do. Ours never changes, and each such run
+costs seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes
+
+from qwen3_tg.forward import Forward
+from qwen3_tg.kv_cache import KVCache
+
+
+class StepGraph:
+    """S new positions at once; logits after the last one that is there, or after `every` one."""
+
+    def __init__(self, forward: Forward, cache: KVCache, device: str, S: int, every: bool):
+        self._forward, self._S, self._capacity = forward, S, cache.capacity
+        self._ids = Tensor.empty(1, S, dtype=dtypes.int32, device=device).realize()
+        self._at = Tensor.empty(2, dtype=dtypes.int32, device=device).realize()
+
+        def step(*symbols: Any) -> Tensor:
+            return forward.logits(self._ids, self._at, cache, every, *symbols).realize()
+
+        self._step: Callable[..., Tensor] = _capture_at_once(step)
+
+    def __call__(self, new: Sequence[int], start: int) -> np.ndarray:
+        """Up to S ids at positions start, start + 1, ...: (V,) or (S, V) float32"""
+        ids = np.zeros(self._S, dtype=np.int32)
+        ids[: len(new)] = new
+        _write(self._ids, ids)
+        _write(self._at, np.array([start, len(new)], dtype=np.int32))
+        logits = self._step(*self._forward.symbols(start, len(new), self._S, self._capacity))
+        return _read(logits)
+
+
+def _write(tensor: Tensor, values: np.ndarray) -> None:
+    buffer: Any = tensor.uop.base.buffer.ensure_allocated()
+    if hasattr(buffer.allocator, "_as_buffer"):  # the host can write there
+        buffer.as_memoryview(force_zero_copy=True)[:] = values.tobytes()
+    else:
+        from tinygrad.device import Buffer
+
+        host = memoryview(bytearray(values.tobytes()))
+        buffer.copy_from(Buffer("PYTHON", values.size, tensor.dtype, opaque=host))
+
+
+def _read(tensor: Tensor) -> np.ndarray:
+    """A copy: the next step writes to the same place."""
+    buffer: Any = tensor.uop.base.buffer.ensure_allocated()
+    values = np.frombuffer(buffer.as_memoryview(allow_zero_copy=True), dtype=np.float32)
+    return values.reshape(tensor.shape).copy()
+
+
+def _capture_at_once(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    jit = TinyJit(step)
+    jit.cnt = 1
+    return jit
