@@ -348,7 +348,9 @@ def _problem(name: str) -> str | None:
     except Exception as e:  # drivers fail in every way there is
         return _MISSING.get(family) or _one_line(e)
     try:
-        right = (Tensor([1.0, 2.0], device=name) * 3).tolist() == [3.0, 6.0]
+        # no constant, for which tinygrad would first look for its default device, in all of them
+        one, other = (Tensor(values, device=name) for values in ([1.0, 2.0], [3.0, 0.5]))
+        right = (one * other).tolist() == [3.0, 1.0]
     except Exception as e:
         return f"a test kernel failed: {_one_line(e)}"
     return None if right else "a test kernel gave wrong numbers"

@@ -1,15 +1,14 @@
 """Two ways to compute a step, with the same weights and the same cache.
 
 `Lowered` is model.py as tinygrad lowers it, on every device. `Fast` gives the parts of the same
-model to a device's own kernels (a package in backends/), and what those do not have, experts, to
-tinygrad. generate.py captures either in a graph.
+model to a device's own kernels, a package in backends/. step_graph.py captures either in a graph.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from tinygrad import Tensor, UOp, function
+from tinygrad import Tensor, UOp
 
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.model import Block, MoE, Qwen3
@@ -52,11 +51,10 @@ class Lowered:
 
 
 class Fast:
-    """By the kernels of qwen3_tg_cpu. The position is two numbers in memory, which they read."""
+    """By the kernels of qwen3_tg_cpu: one kernel a step. The position is two numbers in memory."""
 
     def __init__(self, model: Qwen3, kernels: Any):
         self._model, self._kernels = model, kernels
-        self._eps = model.config.rms_norm_eps
         self._layers = [(self._attention(block), self._mlp(block)) for block in model.layers]
         self._norm = kernels.vector(model.norm.weight)
 
@@ -67,13 +65,12 @@ class Fast:
         self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any
     ) -> Tensor:
         model = self._model
-        x = self._kernels.embed(ids, model.embed_tokens.weight, at)
-        for block, weights, kv in zip(model.layers, self._layers, cache.layers, strict=True):
-            x = self._kernels.layer(x, at, *weights, model.rope, kv.k, kv.v)
-            if isinstance(block.mlp, MoE):
-                x = _experts(block, x)
-        head = model.lm_head.weight
-        logits: Tensor = self._kernels.head(x, at, self._norm, head, self._eps, every)
+        steps = self._kernels.steps(ids, at, model.config.rms_norm_eps)
+        x = steps.embed(model.embed_tokens.weight)
+        for (attention, mlp), kv in zip(self._layers, cache.layers, strict=True):
+            x = steps.attention(x, attention, model.rope, kv.k, kv.v)
+            x = steps.experts(x, mlp) if mlp.router else steps.mlp(x, mlp)
+        logits: Tensor = steps.head(x, self._norm, model.lm_head.weight, every)
         return logits
 
     def _attention(self, block: Block) -> Any:
@@ -90,28 +87,13 @@ class Fast:
             o_proj=attn.o_proj.weight,
             heads=attn.num_heads,
             kv_heads=attn.num_kv_heads,
-            eps=self._eps,
         )
 
     def _mlp(self, block: Block) -> Any:
         from qwen3_tg_cpu import MLPWeights
 
-        if isinstance(block.mlp, MoE):
-            return None
-        return MLPWeights(
-            norm=self._kernels.vector(block.post_attention_layernorm.weight),
-            gate_proj=block.mlp.gate_proj.weight,
-            up_proj=block.mlp.up_proj.weight,
-            down_proj=block.mlp.down_proj.weight,
-            eps=self._eps,
-        )
-
-
-def _experts(block: Block, h: Tensor) -> Tensor:
-    """h + experts, by tinygrad's lowering."""
-
-    @function(precompile=True, allow_implicit=True)
-    def experts(h: Tensor) -> Tensor:
-        return (h + block.mlp(block.post_attention_layernorm(h))).contiguous()
-
-    return experts(h)
+        mlp, norm = block.mlp, self._kernels.vector(block.post_attention_layernorm.weight)
+        projections = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        if isinstance(mlp, MoE):
+            return MLPWeights(norm, *projections, mlp.gate.weight, mlp.k, mlp.norm_topk_prob)
+        return MLPWeights(norm, *projections)

@@ -69,13 +69,15 @@ def to_device(
     arrays, mapped = {}, []
     for name, array in packed.arrays.items():
         lacks_half = array.dtype == np.float16 and "float16" not in native
-        host = np.ascontiguousarray(array.view(np.int16) if lacks_half else array)
+        host = array.view(np.int16) if lacks_half else array
+        if not host.flags.c_contiguous:
+            host = np.ascontiguousarray(host)
         if shared and isinstance(host, np.memmap):
             dtype = getattr(dtypes, host.dtype.name)
             arrays[name] = Tensor.from_blob(host.ctypes.data, host.shape, dtype=dtype, device=device)
             mapped.append(host)
         else:
-            arrays[name] = Tensor(host, device=device).realize()
+            arrays[name] = Tensor(np.asarray(host), device=device).realize()
     if not mapped:
         stored.release()
     return Weight(packed.format, packed.shape, arrays, packed.params, tuple(mapped))

@@ -192,8 +192,6 @@ static void join_parts(const Attention *a, int head, i64 parts) {
 
 // ---- many positions -----------------------------------------------------------------------
 
-static i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
-
 // Positions in a block of queries.
 static i64 block_positions(const Attention *a) {
     i64 group = a->heads / a->kv_heads, n = QUERIES / group;

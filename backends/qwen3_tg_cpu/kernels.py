@@ -1,10 +1,16 @@
-"""Kernels as tinygrad sees them: lists of steps for the C program, and the buffers they work on.
+"""A whole step of the model as one kernel: a list of steps for the C program.
 
-A kernel is a finished PROGRAM whose machine code is a few instructions: it collects its arguments
-and calls the C program, whose address it reads from the pool. What each step's integers mean is
-said at its function in steps.c.
+    steps = kernels.steps(ids, at)
+    x = steps.embed(weight)
+    x = steps.attention(x, ...); x = steps.mlp(x, ...) or steps.experts(x, ...)   # each layer
+    logits = steps.head(x, ...)
 
-Touches tinygrad's internals: `Ops.PROGRAM`, `ProgramInfo`, `Estimates` and `Tensor.custom_kernel`.
+To tinygrad the kernel is a finished PROGRAM with three buffers that matter. Its machine code is a few
+instructions: they collect the arguments and call the C program. Addresses of weights, caches and
+scratch stand in the list: whoever makes a kernel keeps what it gave to it as long as it may run.
+
+Touches tinygrad's internals: `Ops.PROGRAM`, `ProgramInfo`, `Estimates`, `Tensor.custom_kernel` and a
+tensor's `Buffer`.
 """
 
 from __future__ import annotations
@@ -33,32 +39,36 @@ _ARRAYS = {
     "FP8": ("weight", "weight_scale_inv"),
     "MLX": ("weight", "scales", "biases"),
 }
-_CACHE_TYPES = {dtypes.float32: 0, dtypes.float16: 1, dtypes.bfloat16: 2}
-_SCALE_TYPES = {dtypes.float32: 0, dtypes.float16: 1, dtypes.uint16: 2}
-_EMBED, _NORM, _LINEAR, _CACHE, _ATTEND = range(5)
+_MOST_ARRAYS = 4
+_SCALES = {"AWQ": 2, "GPTQ": 2, "FP8": 1, "MLX": 1}  # which of them the scales are
+_FLOAT_TYPES = {dtypes.float32: 0, dtypes.float16: 1, dtypes.bfloat16: 2, dtypes.uint16: 2}
+# In the order of the enums in steps.c.
+_EMBED, _NORM, _LINEAR, _CACHE, _ATTEND, _ROUTE, _GROUP, _EXPERTS, _COMBINE = range(9)
 _GATED, _LAST_POSITION, _EXACT = 1, 2, 4
-_STEP_INTS = 40
-_NONE = -1
-_MOST_ARGUMENTS = 63  # of a program on tinygrad's CPU device
+_STEP_NUMBERS = 52
 _MOST_PARTS = 64  # as in attention.c
 
 
 class Matrix(Protocol):
-    """A stored weight: `format` of TYPES, `shape` (outputs, inputs) or (width,), `arrays` on the
-    device as the file holds them, `params` as there: bits, group_size, block_size, zero_offset;
-    `nbytes` on the device."""
+    """A stored weight: `format` of TYPES; `shape` (outputs, inputs), with (experts,) in front, or
+    (width,); `arrays` on the device as the file holds them; `params` as there: bits, group_size,
+    block_size, zero_offset; `nbytes` on the device."""
 
-    format: str
-    shape: tuple[int, ...]
-    arrays: Mapping[str, Tensor]
-    params: Mapping[str, int]
-    nbytes: int
+    @property
+    def format(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def arrays(self) -> Mapping[str, Tensor]: ...
+    @property
+    def params(self) -> Mapping[str, int]: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Those of one layer; `norm` stands in front, `eps` is that of all its norms, whose weights are
-    those of Kernels.vector()."""
+    """Those of one layer; `norm` stands in front. Norms are Kernels.vector()s."""
 
     norm: Tensor
     q_proj: Matrix
@@ -69,18 +79,20 @@ class AttentionWeights:
     o_proj: Matrix
     heads: int
     kv_heads: int
-    eps: float
 
 
 @dataclass(frozen=True)
 class MLPWeights:
-    """Those of one layer; `norm` stands in front: Kernels.vector()."""
+    """Those of one layer; `norm` stands in front. With a `router` they are those of all experts, of
+    which `k` are chosen, and `sum_to_one` says whether their probabilities are made to."""
 
     norm: Tensor
     gate_proj: Matrix
     up_proj: Matrix
     down_proj: Matrix
-    eps: float
+    router: Matrix | None = None
+    k: int = 0
+    sum_to_one: bool = False
 
 
 def load(threads: int | None = None, exact: bool = False) -> Kernels | None:
@@ -89,27 +101,32 @@ def load(threads: int | None = None, exact: bool = False) -> Kernels | None:
 
     `exact`: activations stay float32 in every product. Otherwise those of one position are rounded
     to 16 bits where weights are integers."""
-    try:
-        found = library()
-    except Exception as e:  # compilers and loaders fail in every way there is
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        warnings.warn(f"computing without the fast CPU kernels: {reason}", stacklevel=2)
+    found = _library_or_reason()
+    if isinstance(found, str):
         return None
     if threads is not None:
         found.use(threads)
     return Kernels(found, exact)
 
 
+@cache
+def _library_or_reason() -> Library | str:
+    try:
+        return library()
+    except Exception as e:  # compilers and loaders fail in every way there is
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        warnings.warn(f"computing without the fast CPU kernels: {reason}", stacklevel=4)
+        return reason
+
+
 class Kernels:
-    """Parts of a decoder, on float32 tensors of one sequence: x is (1, S, D). `at` is an int32
-    tensor of two: the position of the first new token, and how many of the S are there; rows beyond
-    them are left as they are."""
+    """What kernels of one model share: scratch, and arrays that they read where they lie."""
 
     def __init__(self, found: Library, exact: bool):
-        self._library, self._flags = found, _EXACT if exact else 0
+        self._library, self.exact = found, exact
         self.pool = Tensor.from_blob(found.pool, (1,), dtype=dtypes.uint8, device="CPU")
-        self.lists: list[np.ndarray] = []  # lists of steps, which graphs read where they lie
-        self._scratch: dict[str, Tensor] = {}
+        self._kept: list[np.ndarray] = []
+        self._scratch: dict[str, np.ndarray] = {}
 
     @property
     def threads(self) -> int:
@@ -121,216 +138,226 @@ class Kernels:
         host = weight.arrays["data"].numpy()
         if host.dtype == np.uint16:  # bfloat16
             host = (host.astype(np.uint32) << 16).view(np.float32)
-        return Tensor(host.astype(np.float32), device="CPU").realize()
+        return self.keep(host.astype(np.float32))
 
-    def embed(self, ids: Tensor, weight: Matrix, at: Tensor) -> Tensor:
-        """Rows of the embedding. ids: (1, S) int32 -> (1, S, D)"""
-        steps = _Steps(self, at)
-        out = _new(1, int(ids.shape[1]), weight.shape[1])
-        steps.add(_EMBED, steps.arg(ids), steps.arg(out), *steps.matrix(weight))
-        return steps.run("embed", out)
+    def keep(self, host: np.ndarray) -> Tensor:
+        """A tensor over an array, which stays: to copy it would be a step of the graph, and takes
+        milliseconds outside of one."""
+        self._kept.append(host)
+        dtype = getattr(dtypes, host.dtype.name)
+        return Tensor.from_blob(host.ctypes.data, host.shape, dtype=dtype, device="CPU")
 
-    def layer(
-        self,
-        x: Tensor,
-        at: Tensor,
-        attention: AttentionWeights,
-        mlp: MLPWeights | None,
-        rope: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor:
-        """x + attention, and where there is an `mlp`, that + mlp. The new keys and values are written
-        to the caches, (1, capacity, K, Hd) each. `rope` is (positions, Hd): cosines, then sines."""
-        steps = _Steps(self, at)
-        out = _new(*x.shape)
-        if mlp is None:
-            self._attention(steps, x, out, attention, rope, k_cache, v_cache)
-            return steps.run("attention", out)
-        middle = self._room("middle", x.numel())
-        self._attention(steps, x, middle, attention, rope, k_cache, v_cache)
-        inner = self._room("inner", int(x.shape[1]) * mlp.gate_proj.shape[0])
-        gated = [mlp.gate_proj, mlp.up_proj]
-        self._normed(steps, middle, x.shape, mlp.norm, mlp.eps, gated, inner, _GATED)
-        self._linear(steps, inner, [mlp.down_proj], out, added=middle)
-        return steps.run("layer", out)
+    def room(self, name: str, nbytes: int) -> int:
+        """The address of scratch for the time of a kernel: they run one by one, so that all share it."""
+        if name not in self._scratch or self._scratch[name].nbytes < nbytes:
+            self._scratch[name] = np.empty(nbytes, dtype=np.uint8)
+            self._kept.append(self._scratch[name])  # older kernels use what was there before
+        return int(self._scratch[name].ctypes.data)
 
-    def head(
-        self, x: Tensor, at: Tensor, norm: Tensor, weight: Matrix, eps: float, every: bool
-    ) -> Tensor:
-        """Logits of the last position that is there, (V,), or of every one, (S, V)."""
-        steps = _Steps(self, at)
-        S, V = int(x.shape[1]), weight.shape[0]
-        if every:
-            out = _new(S, V)
-            self._normed(steps, x, x.shape, norm, eps, [weight], out)
-        else:
-            out = _new(V)
-            self._linear(steps, x, [weight], out, _LAST_POSITION, norm=norm, eps=eps)
-        return steps.run("head", out)
+    def steps(self, ids: Tensor, at: Tensor, eps: float) -> Steps:
+        """An empty list. ids: (1, S) int32; at: (2,) int32, the position of the first new token,
+        and how many of the S are there; `eps` is that of all norms."""
+        return Steps(self, ids, at, eps)
 
-    def _attention(
-        self,
-        steps: _Steps,
-        x: Tensor,
-        out: Tensor,
-        weights: AttentionWeights,
-        rope: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> None:
-        S, H, K = int(x.shape[1]), weights.heads, weights.kv_heads
+
+class Steps:
+    """One kernel in the making, for a sequence of S new positions. x, what the layers hand on, is an
+    address of (S, D) float32."""
+
+    def __init__(self, kernels: Kernels, ids: Tensor, at: Tensor, eps: float):
+        self._kernels, self._ids, self._at, self._eps = kernels, ids, at, _bits(eps)
+        self._S = int(ids.shape[1])
+        self._numbers: list[int] = []
+        self._nbytes = 0
+
+    def embed(self, weight: Matrix) -> int:
+        """Rows of the embedding."""
+        out = self._room("x", weight.shape[1])
+        self._add(_EMBED, self._address(self._ids), out, *self._matrix(weight))
+        return out
+
+    def attention(
+        self, x: int, weights: AttentionWeights, rope: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> int:
+        """x + attention(norm(x)); the new keys and values are written to the caches, (1, capacity,
+        K, Hd) each. `rope` is (positions, Hd): cosines, then sines."""
+        H, K, D = weights.heads, weights.kv_heads, weights.q_proj.shape[1]
         Hd = weights.q_proj.shape[0] // H
-        qkv = self._room("qkv", S * (H + 2 * K) * Hd)
-        mixed = self._room("mixed", S * H * Hd)
-        parts = self._room("parts", _MOST_PARTS * H * (Hd + 2))
+        qkv, mixed = self._room("qkv", (H + 2 * K) * Hd), self._room("mixed", H * Hd)
+        parts = self._kernels.room("parts", _MOST_PARTS * H * (Hd + 2) * 4)
         projections = [weights.q_proj, weights.k_proj, weights.v_proj]
-        self._normed(steps, x, x.shape, weights.norm, weights.eps, projections, qkv)
-        heads = [H, K, Hd, _CACHE_TYPES[k_cache.dtype]]
-        heads += [steps.arg(tensor) for tensor in (qkv, k_cache, v_cache, mixed, parts)]
-        q_norm, k_norm = (steps.arg(weight) for weight in (weights.q_norm, weights.k_norm))
-        steps.add(_CACHE, *heads, q_norm, k_norm, steps.arg(rope), _bits(weights.eps))
-        steps.add(_ATTEND, *heads)
-        self._linear(steps, mixed, [weights.o_proj], out, added=x)
+        self._normed(x, weights.norm, projections, qkv)
+        caches = self._address(k_cache), self._address(v_cache)
+        shape = H, K, Hd, _FLOAT_TYPES[k_cache.dtype], qkv, *caches, mixed, parts
+        norms = (self._address(norm) for norm in (weights.q_norm, weights.k_norm))
+        self._add(_CACHE, *shape, *norms, self._address(rope), self._eps)
+        self._add(_ATTEND, *shape)
+        out = self._room("middle", D)
+        self._linear(mixed, [weights.o_proj], out, added=x)
+        return out
+
+    def mlp(self, x: int, weights: MLPWeights) -> int:
+        """x + down(silu(gate(norm(x))) * up(norm(x)))."""
+        F, D = weights.gate_proj.shape
+        inner, out = self._room("inner", F), self._room("x", D)
+        self._normed(x, weights.norm, [weights.gate_proj, weights.up_proj], inner, _GATED)
+        self._linear(inner, [weights.down_proj], out, added=x)
+        return out
+
+    def experts(self, x: int, weights: MLPWeights) -> int:
+        """x + the MLPs of the chosen experts, by their probabilities."""
+        assert weights.router is not None
+        E, F, D = weights.gate_proj.shape
+        k = weights.k
+        names = ("normed", D), ("router", E), ("chosen", k), ("probabilities", k), ("place", k)
+        normed, logits, chosen, probabilities, place = (self._room(*name) for name in names)
+        first = self._kernels.room("first", (E + 1) * 4)
+        gathered, inner = self._room("gathered", k * D), self._room("inner", k * F)
+        results, out = self._room("results", k * D), self._room("x", D)
+        self._add(_NORM, x, self._address(weights.norm), normed, D, self._eps)
+        self._linear(normed, [weights.router], logits)
+        self._add(_ROUTE, logits, E, k, weights.sum_to_one, chosen, probabilities)
+        self._add(_GROUP, chosen, E, k, first, place)
+        gates = [weights.gate_proj, weights.up_proj]
+        self._expert_linear(normed, place, k, inner, first, gathered, gates)
+        self._expert_linear(inner, 0, k, results, first, 0, [weights.down_proj])
+        self._add(_COMBINE, x, results, place, probabilities, k, D, out)
+        return out
+
+    def head(self, x: int, norm: Tensor, weight: Matrix, every: bool) -> Tensor:
+        """Logits of the last position that is there, (V,), or of every one, (S, V)."""
+        V = weight.shape[0]
+        shape = (self._S, V) if every else (V,)
+        out = Tensor.empty(*shape, dtype=dtypes.float32, device="CPU")
+        if every:
+            self._normed(x, norm, [weight], self._address(out))
+        else:
+            self._linear(x, [weight], self._address(out), _LAST_POSITION, norm=norm)
+        return self._run(out)
 
     def _normed(
-        self,
-        steps: _Steps,
-        x: Tensor,
-        shape: Sequence[Any],
-        norm: Tensor,
-        eps: float,
-        matrices: Sequence[Matrix],
-        out: Tensor,
-        flags: int = 0,
+        self, x: int, norm: Tensor, matrices: Sequence[Matrix], out: int, flags: int = 0
     ) -> None:
-        """Products of RMSNorm(x): for one position every thread norms for itself."""
-        if shape[1] == 1:
-            self._linear(steps, x, matrices, out, flags, norm=norm, eps=eps)
+        """Products of RMSNorm(x); for one position every thread norms for itself."""
+        if self._S == 1:
+            self._linear(x, matrices, out, flags, norm=norm)
             return
-        normed = self._room("normed", x.numel())
-        arguments = [steps.arg(tensor) for tensor in (x, norm, normed)]
-        steps.add(_NORM, *arguments, shape[2], _bits(eps))
-        self._linear(steps, normed, matrices, out, flags)
+        D = matrices[0].shape[1]
+        normed = self._room("normed", D)
+        self._add(_NORM, x, self._address(norm), normed, D, self._eps)
+        self._linear(normed, matrices, out, flags)
 
     def _linear(
         self,
-        steps: _Steps,
-        x: Tensor,
+        x: int,
         matrices: Sequence[Matrix],
-        out: Tensor,
+        out: int,
         flags: int = 0,
-        added: Tensor | None = None,
+        added: int = 0,
         norm: Tensor | None = None,
-        eps: float = 0.0,
     ) -> None:
         widths = [matrix.shape[0] for matrix in matrices]
-        steps.add(
+        self._add(
             _LINEAR,
-            len(matrices),
-            flags | self._flags,
-            steps.arg(x),
-            _NONE if norm is None else steps.arg(norm),
-            steps.arg(out),
+            flags | (_EXACT if self._kernels.exact else 0),
+            x,
+            0 if norm is None else self._address(norm),
+            self._eps,
+            out,
             widths[0] if flags & _GATED else sum(widths),
-            _NONE if added is None else steps.arg(added),
-            _bits(eps),
-            *(number for matrix in matrices for number in steps.matrix(matrix)),
+            added,
+            len(matrices),
+            *(number for matrix in matrices for number in self._matrix(matrix)),
         )
 
-    def _room(self, name: str, floats: int) -> Tensor:
-        """Scratch that lives within a kernel: all kernels share it, as they run one by one."""
-        if name not in self._scratch or self._scratch[name].numel() < floats:
-            self._scratch[name] = _new(floats).realize()
-        return self._scratch[name]
+    def _expert_linear(
+        self,
+        x: int,
+        place: int,
+        k: int,
+        out: int,
+        first: int,
+        gathered: int,
+        matrices: Sequence[Matrix],
+    ) -> None:
+        E, O, _ = matrices[0].shape
+        numbers: list[int] = []
+        for matrix in matrices:
+            arrays = _arrays(matrix)
+            strides = [int(array.nbytes()) // E for array in arrays]
+            numbers += self._matrix(matrix, share=k / E)
+            numbers += strides + [0] * (_MOST_ARRAYS - len(strides))
+        flags = _EXACT if self._kernels.exact else 0
+        head = flags, x, place, k, out, O, first, E, gathered, len(matrices)
+        self._add(_EXPERTS, *head, *numbers)
 
-class _Steps:
-    """A list of steps, and the buffers that they name by number. The first buffer is the pool, the
-    second the list, the third `at`."""
-
-    def __init__(self, kernels: Kernels, at: Tensor):
-        self._tensors: list[Tensor | None] = [kernels.pool, None, at]
-        self._lists = kernels.lists
-        self._steps: list[list[int]] = []
-        self._nbytes = 0
-
-    def arg(self, tensor: Tensor) -> int:
-        """The number of a buffer among the arguments."""
-        for n, known in enumerate(self._tensors):
-            if known is tensor:
-                return n
-        self._tensors.append(tensor)
-        return len(self._tensors) - 1
-
-    def matrix(self, matrix: Matrix) -> list[int]:
-        """What steps.c's matrix() reads. Its arrays stand side by side among the arguments."""
-        names = _ARRAYS.get(matrix.format, matrix.arrays)
-        arrays = [matrix.arrays[name] for name in names if name in matrix.arrays]
-        first, scales, params = len(self._tensors), arrays[1:3][-1:], matrix.params
-        self._tensors += arrays
-        self._nbytes += matrix.nbytes
-        row_bytes = int(arrays[0].nbytes()) // matrix.shape[0]
+    def _matrix(self, matrix: Matrix, share: float = 1.0) -> list[int]:
+        """What matrix() in steps.c reads. `share` is how much of it one position takes."""
+        arrays, params = _arrays(matrix), matrix.params
+        *experts, outputs, inputs = matrix.shape
+        rows = outputs * int(np.prod(experts, dtype=np.int64))
+        scales = _SCALES.get(matrix.format)
+        self._nbytes += round(matrix.nbytes * share)
+        addresses = [self._address(array) for array in arrays]
         return [
             TYPES.index(matrix.format),
-            first,
-            *matrix.shape,
-            row_bytes,
+            outputs,
+            inputs,
+            int(arrays[0].nbytes()) // rows,
             params.get("bits", 0),
             params.get("group_size", params.get("block_size", 0)),
             params.get("zero_offset", 0),
-            _SCALE_TYPES[scales[0].dtype] if scales else 0,
-            len(arrays),
+            0 if scales is None else _FLOAT_TYPES[arrays[scales].dtype],
+            *addresses,
+            *[0] * (_MOST_ARRAYS - len(addresses)),
         ]
 
-    def add(self, step: int, *ints: int) -> None:
-        assert len(ints) < _STEP_INTS
-        self._steps.append([step, *ints, *[0] * (_STEP_INTS - 1 - len(ints))])
+    def _room(self, name: str, width: int) -> int:
+        """The address of scratch for (S, width) numbers of four bytes."""
+        return self._kernels.room(name, self._S * width * 4)
 
-    def run(self, name: str, out: Tensor) -> Tensor:
-        """The tensor `out` once all steps are done."""
-        list_ = [len(self._steps), *(number for step in self._steps for number in step)]
-        host = np.array(list_, dtype=np.int32)
-        self._lists.append(host)
-        # where it lies, as a copy would become a part of the graph
-        where = host.ctypes.data
-        self._tensors[1] = Tensor.from_blob(where, host.shape, dtype=dtypes.int32, device="CPU")
-        tensors = [tensor for tensor in self._tensors if tensor is not None]
-        written = self.arg(out)
-        kernel = _program(name, len(tensors), written, self._nbytes)
-        return tensors[0].custom_kernel(*tensors[1:], fxn=lambda *_: kernel)[written]
+    def _address(self, tensor: Tensor) -> int:
+        buffer: Any = tensor.uop.base.buffer
+        return int(buffer.ensure_allocated()._buf.va_addr)
+
+    def _add(self, step: int, *numbers: int) -> None:
+        assert len(numbers) < _STEP_NUMBERS
+        self._numbers += [step, *numbers, *[0] * (_STEP_NUMBERS - 1 - len(numbers))]
+
+    def _run(self, out: Tensor) -> Tensor:
+        """`out` once all steps are done."""
+        length = len(self._numbers) // _STEP_NUMBERS
+        list_ = self._kernels.keep(np.array([length, *self._numbers], dtype=np.int64))
+        kernel = _program(self._nbytes)
+        arguments = self._kernels.pool, list_, out, self._at
+        return Tensor.custom_kernel(*arguments, fxn=lambda *_: kernel)[2]
 
 
-@cache
-def _program(name: str, arguments: int, written: int, nbytes: int) -> Any:
-    """A finished tinygrad program that calls the C program with `arguments` buffers, of which one
-    is said to be written: scratch and caches are this package's own business."""
+def _arrays(matrix: Matrix) -> list[Tensor]:
+    names = _ARRAYS.get(matrix.format, tuple(matrix.arrays))
+    return [matrix.arrays[name] for name in names if name in matrix.arrays]
+
+
+def _program(nbytes: int) -> Any:
+    """A finished tinygrad program with four arguments: the pool, the list, what is written, and the
+    position. `nbytes` are those of weights that it reads for one position."""
     from tinygrad.device import Device
     from tinygrad.renderer import Estimates
     from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo, UOp
 
-    assert arguments <= _MOST_ARGUMENTS
-    names = [f"a{n}" for n in range(arguments)]
+    name = "qwen3_tg_cpu_call"
     text = (
         "typedef unsigned long long u64;\n"
-        f"void qwen3_tg_cpu_{arguments}({', '.join(f'u64 {n}' for n in names)}) {{\n"
-        f"    const u64 args[] = {{{', '.join(names)}}};\n"
-        "    (*(void (**)(u64, const u64 *))a0)(a0, args);\n"
+        f"void {name}(u64 a, u64 b, u64 c, u64 d) {{\n"
+        "    const u64 args[] = {a, b, c, d};\n"
+        "    (*(void (**)(u64, const u64 *))a)(a, args);\n"
         "}\n"
     )
-    info = ProgramInfo(
-        name=f"qwen3_tg_cpu_{name}",
-        globals=tuple(range(arguments)),
-        outs=(written,),
-        ins=tuple(n for n in range(arguments) if n != written),
-        target=Device["CPU"].renderer.target,
-    )
-    sink = UOp(Ops.SINK, arg=KernelInfo(name=info.name, estimates=Estimates(mem=nbytes, lds=nbytes)))
+    target = Device["CPU"].renderer.target
+    info = ProgramInfo(name, globals=(0, 1, 2, 3), outs=(2,), ins=(0, 1, 3), target=target)
+    sink = UOp(Ops.SINK, arg=KernelInfo(name, estimates=Estimates(mem=nbytes, lds=nbytes)))
     parts = (sink, UOp(Ops.LINEAR), UOp(Ops.SOURCE, arg=text), UOp(Ops.BINARY, arg=compiled(text)))
     return UOp(Ops.PROGRAM, src=parts, arg=info)
-
-
-def _new(*shape: Any) -> Tensor:
-    return Tensor.empty(*shape, dtype=dtypes.float32, device="CPU")
 
 
 def _bits(value: float) -> int:

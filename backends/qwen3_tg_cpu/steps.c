@@ -1,20 +1,21 @@
-// A kernel is a list of steps, which all threads do together, one after the other. Arguments are
-// buffers; the second one holds the list as int32, STEP_INTS for each step, the third one the
-// position of the first new token and the number of new ones. What the integers mean: steps.py.
+// A kernel is a list of steps, which all threads do together, one after the other. The list is
+// int64: its length, then STEP_NUMBERS for each step, of which the first says which one it is. The
+// others are sizes, and addresses of buffers: x, weights, caches, scratch. What they mean is said at
+// each step here, and in steps.py, which writes them.
 
-#define STEP_INTS 40
-#define MATRIX_INTS 10
+#define STEP_NUMBERS 52
+#define MATRIX_NUMBERS 12
 #define MOST_MATRICES 3
+#define MOST_ROWS 128  // of a matrix, taken at a time for one position
 
-enum { EMBED, NORM, LINEAR, CACHE, ATTEND };
+enum { EMBED, NORM, LINEAR, CACHE, ATTEND, ROUTE, GROUP, EXPERTS, COMBINE };
 enum { GATED = 1, LAST_POSITION = 2, EXACT = 4 };
 
 typedef struct {
     Pool *pool;
     int thread;
-    const u64 *args;
-    const i32 *ints;  // of this step
-    i64 start, positions;
+    const i64 *step;       // its numbers, without the first
+    i64 start, positions;  // of the first new token; how many there are
 } Task;
 
 // Memory of this thread alone, kept for the next step.
@@ -26,149 +27,163 @@ static u8 *room(const Task *t, i64 nbytes) {
         self->room_bytes = self->room ? nbytes : 0;
     }
     if (!self->room) abort();
-    return (u8 *)(((u64)self->room + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+    return (u8 *)round_up((i64)self->room, CACHE_LINE);
 }
 
-ALWAYS void *arg(const Task *t, int n) { return (void *)t->args[n]; }
+ALWAYS void *at(const Task *t, int n) { return (void *)t->step[n]; }
+ALWAYS float as_float(i64 bits) { return READ(float, &(i32){(i32)bits}); }
 
-static Matrix matrix(const Task *t, const i32 *m) {
-    Matrix found = {.type = m[0], .outputs = m[2], .inputs = m[3], .row_bytes = m[4], .bits = m[5],
-                    .group = m[6], .zero_offset = m[7], .scale_type = m[8], .has_order = m[9] > 3};
-    for (int i = 0; i < m[9]; i++) found.data[i] = arg(t, m[1] + i);
-    return found;
+// type, outputs, inputs, bytes of a row, bits, group, zero offset, type of scales, four addresses
+static Matrix matrix(const i64 *n) {
+    Matrix m = {.type = (int)n[0], .outputs = n[1], .inputs = n[2], .row_bytes = n[3],
+                .bits = (int)n[4], .group = (int)n[5], .zero_offset = (int)n[6],
+                .scale_type = (int)n[7], .has_order = n[0] == GPTQ && n[11] != 0};
+    for (int i = 0; i < 4; i++) m.data[i] = (const u8 *)n[8 + i];
+    return m;
 }
 
-static float as_float(i32 bits) { return READ(float, &bits); }
-
-// Rows of a matrix by their numbers. ints: ids, out, matrix
+// Rows of a matrix by their numbers. ids, out, matrix
 static void embed(const Task *t) {
-    const i32 *ids = arg(t, t->ints[0]);
-    Matrix m = matrix(t, t->ints + 2);
-    float *out = arg(t, t->ints[1]);
+    const i32 *ids = at(t, 0);
+    Matrix m = matrix(t->step + 2);
     for (i64 s; (s = take(t->pool, 1)) < t->positions;) {
-        if (!by_columns(&m)) {
-            floats(&m, ids[s], 0, m.inputs, out + s * m.inputs);
-            continue;
-        }
-        float values[PANEL];
-        for (i64 k = 0; k < m.inputs; k++) {
-            columns(&m, ids[s] / PANEL * PANEL, k, 1, values);
-            out[s * m.inputs + k] = values[ids[s] % PANEL];
-        }
+        float *out = (float *)at(t, 1) + s * m.inputs, values[PANEL];
+        if (!by_columns(&m)) floats(&m, ids[s], 0, m.inputs, out);
+        else
+            for (i64 k = 0; k < m.inputs; k++) {
+                columns(&m, ids[s] / PANEL * PANEL, k, 1, values);
+                out[k] = values[ids[s] % PANEL];
+            }
     }
 }
 
-// RMSNorm of every position. ints: x, weight, out, width, eps
+// RMSNorm of every position. x, weight, out, width, eps
 static void norm(const Task *t) {
-    i64 width = t->ints[3];
+    i64 width = t->step[3];
     for (i64 s; (s = take(t->pool, 1)) < t->positions;)
-        rms_norm((float *)arg(t, t->ints[0]) + s * width, arg(t, t->ints[1]), width,
-                 as_float(t->ints[4]), (float *)arg(t, t->ints[2]) + s * width);
+        rms_norm((float *)at(t, 0) + s * width, at(t, 1), width, as_float(t->step[4]),
+                 (float *)at(t, 2) + s * width);
 }
 
-// What is done with sums of one output, or of two where one is the gate of the other.
-static void finish(const Task *t, i64 position, i64 output, i64 n, const float *sums, const float *ups) {
-    const i32 *ints = t->ints;
-    i64 at = position * ints[5] + output;
-    float *out = (float *)arg(t, ints[4]) + at;
+// Where sums of outputs go: added to something, or as they are, or gated by silu of their gate.
+typedef struct {
+    float *out;
+    const float *added;
+    i64 row;  // of both
+} Target;
+
+static void finish(Target to, i64 position, i64 output, i64 n, const float *sums, const float *ups) {
+    i64 place = position * to.row + output;
+    float *out = to.out + place;
     if (ups)
         for (i64 i = 0; i < n; i++) out[i] = silu8((f8)sums[i])[0] * ups[i];
-    else if (ints[6] >= 0)
-        for (i64 i = 0; i < n; i++) out[i] = ((const float *)arg(t, ints[6]))[at + i] + sums[i];
+    else if (to.added)
+        for (i64 i = 0; i < n; i++) out[i] = to.added[place + i] + sums[i];
     else
         __builtin_memcpy(out, sums, 4 * n);
 }
 
+// Rows of a matrix to take at a time for one position: enough for all threads, and not too few.
+static i64 rows_at_a_time(const Task *t, i64 outputs) {
+    i64 rows = round_up(outputs / (t->pool->threads * 8), PANEL);
+    return rows < PANEL ? PANEL : rows > MOST_ROWS ? MOST_ROWS : rows;
+}
+
+static i64 pieces(const Matrix *m, i64 rows) { return (m->outputs + rows - 1) / rows; }
+
+// A piece of one matrix for one position; `up` is the other matrix where `m` is a gate.
+static void piece(const Matrix *m, const Matrix *up, i64 first, i64 rows, const Activations *a,
+                  Target to, i64 position, i64 output) {
+    float sums[MOST_ROWS], ups[MOST_ROWS];
+    i64 n = m->outputs - first < rows ? m->outputs - first : rows;
+    one_position(m, first, n, a, sums);
+    if (up) one_position(up, first, n, a, ups);
+    finish(to, position, output + first, n, sums, up ? ups : 0);
+}
+
+// A panel of one matrix for many positions. `own` has PANEL_FLOATS and two results of a panel.
+static void wide_piece(const Matrix *m, const Matrix *up, i64 first, i64 positions, const float *x,
+                       float *own, Target to, i64 position, i64 output) {
+    float *sums = own + PANEL_FLOATS, *ups = sums + PANEL * positions;
+    i64 n = m->outputs - first < PANEL ? m->outputs - first : PANEL;
+    many_positions(m, first, positions, x, sums, own);
+    if (up) many_positions(up, first, positions, x, ups, own);
+    for (i64 s = 0; s < positions; s++)
+        finish(to, position + s, output + first, n, sums + PANEL * s, up ? ups + PANEL * s : 0);
+}
+
+// x as it is, normed, and rounded, as is wanted, in this thread's room.
+static Activations prepared(const float *x, i64 inputs, const float *weight, float eps, int quantise,
+                            u8 *own) {
+    Activations a = {.x = x};
+    if (weight) {
+        rms_norm(x, weight, inputs, eps, (float *)own);
+        a.x = (float *)own;
+    }
+    return quantise ? quantised(a.x, inputs, own + round_up(4 * inputs, 64)) : a;
+}
+
+#define PREPARED_BYTES(inputs) (4 * (inputs) + 64 + ACTIVATION_BYTES(inputs))
+#define WIDE_BYTES(positions) (4 * (PANEL_FLOATS + 2 * PANEL * (positions)))
+
 // Outputs of one matrix or of up to three, side by side. GATED: silu of the first's times the
-// second's. ints: matrices, flags, x, norm's weight (in front of the products, for one position) or
-// -1, out, its row, what is added or -1, eps, matrices
+// second's. flags, x, norm's weight (for one position) or 0, eps, out, its row, what is added or 0,
+// how many matrices, matrices
 static void linear(const Task *t) {
-    const i32 *ints = t->ints;
-    int count = ints[0], gated = ints[1] & GATED, exact = ints[1] & EXACT;
+    const i64 *n = t->step;
+    int count = (int)n[7], gated = n[0] & GATED, quantise = 0;
     Matrix m[MOST_MATRICES];
-    int quantise = 0;
     for (int i = 0; i < count; i++) {
-        m[i] = matrix(t, ints + 8 + MATRIX_INTS * i);
-        quantise |= group_of(m[i].type) != 0 && !exact;
+        m[i] = matrix(n + 8 + MATRIX_NUMBERS * i);
+        quantise |= group_of(m[i].type) != 0 && !(n[0] & EXACT);
     }
-    i64 positions = t->positions, inputs = m[0].inputs;
-    const float *x = arg(t, ints[2]);
-    if (ints[1] & LAST_POSITION) x += (positions - 1) * inputs, positions = 1;
-    int separate = gated ? 1 : count;
-    if (positions == 1) {
-        u8 *own = room(t, inputs * 4 + 64 + ACTIVATION_BYTES(inputs));
-        Activations a = {x};
-        if (ints[3] >= 0) {
-            rms_norm(x, arg(t, ints[3]), inputs, as_float(ints[7]), (float *)own);
-            a.x = (float *)own;
-        }
-        if (quantise) a = quantised(a.x, inputs, own + (inputs * 4 + 63) / 64 * 64);
-        i64 all = 0;
-        for (int i = 0; i < separate; i++) all += m[i].outputs;
-        i64 rows = round_up(all / (t->pool->threads * 8), PANEL);
-        rows = rows < PANEL ? PANEL : rows > 128 ? 128 : rows;
-        i64 items = 0;
-        for (int i = 0; i < separate; i++) items += (m[i].outputs + rows - 1) / rows;
-        float sums[128], ups[128];
-        for (i64 item; (item = take(t->pool, 1)) < items;) {
-            i64 output = 0;
-            int i = 0;
-            for (; item >= (m[i].outputs + rows - 1) / rows; i++) {
-                item -= (m[i].outputs + rows - 1) / rows;
-                output += m[i].outputs;
-            }
-            i64 o0 = item * rows, n = m[i].outputs - o0 < rows ? m[i].outputs - o0 : rows;
-            one_position(&m[i], o0, n, &a, sums);
-            if (gated) one_position(&m[1], o0, n, &a, ups);
-            finish(t, 0, output + o0, n, sums, gated ? ups : 0);
-        }
-        return;
-    }
-    float *own = (float *)room(t, 4 * (PANEL_FLOATS + 2 * PANEL * positions)), *c = own + PANEL_FLOATS;
-    i64 items = 0;
-    for (int i = 0; i < separate; i++) items += (m[i].outputs + PANEL - 1) / PANEL;
+    i64 positions = t->positions, inputs = m[0].inputs, outputs = 0;
+    const float *x = at(t, 1);
+    if (n[0] & LAST_POSITION) x += (positions - 1) * inputs, positions = 1;
+    Target to = {at(t, 4), at(t, 6), n[5]};
+    if (gated) count = 1;
+    for (int i = 0; i < count; i++) outputs += m[i].outputs;
+    i64 rows = positions == 1 ? rows_at_a_time(t, outputs) : PANEL, items = 0;
+    for (int i = 0; i < count; i++) items += pieces(&m[i], rows);
+    u8 *own = room(t, positions == 1 ? PREPARED_BYTES(inputs) : WIDE_BYTES(positions));
+    Activations a = {.x = x};
+    if (positions == 1) a = prepared(x, inputs, at(t, 2), as_float(n[3]), quantise, own);
     for (i64 item; (item = take(t->pool, 1)) < items;) {
         i64 output = 0;
         int i = 0;
-        for (; item >= (m[i].outputs + PANEL - 1) / PANEL; i++) {
-            item -= (m[i].outputs + PANEL - 1) / PANEL;
-            output += m[i].outputs;
-        }
-        i64 o0 = item * PANEL, n = m[i].outputs - o0 < PANEL ? m[i].outputs - o0 : PANEL;
-        many_positions(&m[i], o0, positions, x, c, own);
-        if (gated) many_positions(&m[1], o0, positions, x, c + PANEL * positions, own);
-        for (i64 s = 0; s < positions; s++)
-            finish(t, s, output + o0, n, c + PANEL * s, gated ? c + PANEL * (positions + s) : 0);
+        for (; item >= pieces(&m[i], rows); i++) item -= pieces(&m[i], rows), output += m[i].outputs;
+        const Matrix *up = gated ? &m[1] : 0;
+        if (positions == 1) piece(&m[i], up, item * rows, rows, &a, to, 0, output);
+        else wide_piece(&m[i], up, item * PANEL, positions, x, (float *)own, to, 0, output);
     }
 }
 
+// heads, key/value heads, size of a head, type of the caches, q k v, keys, values, out, parts
 static Attention attention(const Task *t) {
-    const i32 *ints = t->ints;
-    return (Attention){.heads = ints[0], .kv_heads = ints[1], .head_dim = ints[2],
-                       .cache_type = ints[3], .start = t->start, .positions = t->positions,
-                       .row = (ints[0] + 2 * ints[1]) * ints[2], .qkv = arg(t, ints[4]),
-                       .k_cache = arg(t, ints[5]), .v_cache = arg(t, ints[6]),
-                       .out = arg(t, ints[7]), .parts = arg(t, ints[8])};
+    const i64 *n = t->step;
+    return (Attention){.heads = (int)n[0], .kv_heads = (int)n[1], .head_dim = (int)n[2],
+                       .cache_type = (int)n[3], .start = t->start, .positions = t->positions,
+                       .row = (n[0] + 2 * n[1]) * n[2], .qkv = at(t, 4), .k_cache = at(t, 5),
+                       .v_cache = at(t, 6), .out = at(t, 7), .parts = at(t, 8)};
 }
 
-// QK-norm and RoPE; new keys and values go to the cache. q is scaled for the scores.
-// ints: heads, kv_heads, head_dim, cache type, qkv, k_cache, v_cache, out, parts, q_norm, k_norm,
-// table, eps
+// QK-norm and RoPE; new keys and values go to the caches. q is scaled for the scores.
+// attention's nine, weights of q_norm and k_norm, table of RoPE, eps
 static void cache(const Task *t) {
     Attention a = attention(t);
     i64 d = a.head_dim, all = a.heads + 2 * a.kv_heads;
-    const float *table = arg(t, t->ints[11]);
-    float eps = as_float(t->ints[12]), scale = 1.0f / __builtin_sqrtf((float)d);
+    float eps = as_float(t->step[12]), scale = 1.0f / __builtin_sqrtf((float)d);
     i64 items = a.positions * all, each = a.positions == 1 ? 4 : all;
     for (i64 first; (first = take(t->pool, (int)each)) < items;)
         for (i64 item = first; item < first + each && item < items; item++) {
             i64 s = item / all, head = item % all, position = a.start + s, kv = head - a.heads;
+            const float *turn = (float *)at(t, 11) + position * d;
             float *x = a.qkv + s * a.row + head * d;
             if (head < a.heads) {
-                norm_and_turn(x, arg(t, t->ints[9]), table + position * d, d, eps);
+                norm_and_turn(x, at(t, 9), turn, d, eps);
                 for (i64 i = 0; i < d; i++) x[i] *= scale;
             } else if (kv < a.kv_heads) {
-                norm_and_turn(x, arg(t, t->ints[10]), table + position * d, d, eps);
+                norm_and_turn(x, at(t, 10), turn, d, eps);
                 write_cached(a.cache_type, (u8 *)cached(&a, a.k_cache, position, (int)kv), d, x);
             } else {
                 kv -= a.kv_heads;
@@ -177,7 +192,7 @@ static void cache(const Task *t) {
         }
 }
 
-// Scores, softmax, mixed values. ints as for cache()
+// Scores, softmax, mixed values. attention's nine
 static void attend(const Task *t) {
     Attention a = attention(t);
     i64 group = a.heads / a.kv_heads;
@@ -203,18 +218,129 @@ static void attend(const Task *t) {
     }
 }
 
+// The k likeliest of E experts for each position, the lower number first among equals, and their
+// weights. logits (S, E), E, k, whether weights are to sum to one, chosen (S, k) int32, weights (S, k)
+static void route(const Task *t) {
+    i64 E = t->step[1], k = t->step[2];
+    for (i64 s; (s = take(t->pool, 1)) < t->positions;) {
+        float *logits = (float *)at(t, 0) + s * E, *weights = (float *)at(t, 5) + s * k;
+        i32 *chosen = (i32 *)at(t, 4) + s * k;
+        float greatest = greatest_of(logits, E, -__builtin_inff());
+        float total = exponentials(logits, E, greatest), taken = 0;
+        for (i64 j = 0; j < k; j++) {
+            i64 best = -1;
+            for (i64 e = 0; e < E; e++) {
+                int used = 0;
+                for (i64 i = 0; i < j; i++) used |= chosen[i] == e;
+                if (!used && (best < 0 || logits[e] > logits[best])) best = e;
+            }
+            chosen[j] = (i32)best;
+            taken += weights[j] = logits[best] / total;
+        }
+        for (i64 j = 0; j < k && t->step[3]; j++) weights[j] /= taken;
+    }
+}
+
+// Sort pairs of position and expert by expert: first[e] ... first[e+1] are those of expert e, and
+// place[s k + j] is where the pair of position s and its j-th expert went.
+// chosen, E, k, first (E + 1) int32, place (S k) int32
+static void group_pairs(const Task *t) {
+    if (t->thread != 0) return;
+    const i32 *chosen = at(t, 0);
+    i64 E = t->step[1], pairs = t->positions * t->step[2];
+    i32 *first = at(t, 3), *place = at(t, 4);
+    __builtin_memset(first, 0, 4 * (E + 1));
+    for (i64 p = 0; p < pairs; p++) first[chosen[p] + 1]++;
+    for (i64 e = 0; e < E; e++) first[e + 1] += first[e];
+    for (i64 p = pairs - 1; p >= 0; p--) place[p] = --first[chosen[p] + 1];
+    // Each first[e + 1] now is where expert e begins: move them back by one.
+    for (i64 e = 0; e < E; e++) first[e] = first[e + 1];
+    first[E] = (i32)pairs;
+}
+
+// Each expert's matrix for its pairs. With `place`, x has a row a position, and pairs take theirs
+// from it; without, x has a row a pair. flags, x, place or 0, k, out, its row, first, E, room for
+// gathered rows, 1 or 2 matrices, for each: matrix of expert 0, then bytes of an expert's arrays
+static void experts(const Task *t) {
+    const i64 *n = t->step;
+    i64 E = n[7], k = n[3], pairs = t->positions * k;
+    int count = (int)n[9], quantise = 0;
+    const i32 *place = at(t, 2), *first = at(t, 6);
+    Matrix m[2];
+    const i64 *strides[2];
+    for (int i = 0; i < count; i++) {
+        m[i] = matrix(n + 10 + (MATRIX_NUMBERS + 4) * i);
+        strides[i] = n + 10 + (MATRIX_NUMBERS + 4) * i + MATRIX_NUMBERS;
+        quantise |= group_of(m[i].type) != 0 && !(n[0] & EXACT);
+    }
+    i64 inputs = m[0].inputs;
+    const float *x = at(t, 1);
+    if (place) {
+        float *gathered = at(t, 8);
+        for (i64 p; (p = take(t->pool, 1)) < pairs;)
+            __builtin_memcpy(gathered + place[p] * inputs, x + p / k * inputs, 4 * inputs);
+        x = gathered;
+        barrier(t->pool);
+    }
+    i64 rows = rows_at_a_time(t, m[0].outputs * (t->positions == 1 ? k : 1)), last = -1;
+    i64 each = pieces(&m[0], rows), bytes = WIDE_BYTES(t->positions);
+    u8 *own = room(t, bytes > PREPARED_BYTES(inputs) ? bytes : PREPARED_BYTES(inputs));
+    Activations a;
+    Target to = {at(t, 4), 0, n[5]};
+    for (i64 item; (item = take(t->pool, 1)) < E * each;) {
+        i64 e = item / each, pair = first[e], positions = first[e + 1] - pair;
+        if (positions == 0) continue;
+        Matrix of[2];
+        for (int i = 0; i < count; i++) {
+            of[i] = m[i];
+            for (int j = 0; j < 4; j++)
+                if (of[i].data[j]) of[i].data[j] += e * strides[i][j];
+        }
+        const Matrix *up = count > 1 ? &of[1] : 0;
+        i64 begin = item % each * rows;
+        if (positions == 1) {
+            if (last != pair) a = prepared(x + pair * inputs, inputs, 0, 0, quantise, own);
+            last = pair;
+            piece(&of[0], up, begin, rows, &a, to, pair, 0);
+            continue;
+        }
+        last = -1;  // the room is used for another purpose
+        for (i64 o = begin; o < begin + rows && o < m[0].outputs; o += PANEL)
+            wide_piece(&of[0], up, o, positions, x + pair * inputs, (float *)own, to, pair, 0);
+    }
+}
+
+// out = x + the experts' results by their weights. x, results (pairs, D), place, weights, k, D, out
+static void combine(const Task *t) {
+    i64 k = t->step[4], D = t->step[5];
+    for (i64 s; (s = take(t->pool, 1)) < t->positions;) {
+        float *out = (float *)at(t, 6) + s * D;
+        __builtin_memcpy(out, (float *)at(t, 0) + s * D, 4 * D);
+        for (i64 j = 0; j < k; j++) {
+            const float *result = (float *)at(t, 1) + ((i32 *)at(t, 2))[s * k + j] * D;
+            float weight = ((float *)at(t, 3))[s * k + j];
+            for (i64 i = 0; i < D; i++) out[i] += weight * result[i];
+        }
+    }
+}
+
+// args: the pool, the list of steps, what is written (tinygrad's business alone), start and positions
 static void work(Pool *pool, int thread, const u64 *args) {
-    const i32 *list = (const i32 *)args[1], *at = (const i32 *)args[2];
-    Task t = {pool, thread, args, 0, at[0], at[1]};
-    for (i32 n = 0; n < list[0]; n++) {
-        const i32 *step = list + 1 + n * STEP_INTS;
-        t.ints = step + 1;
+    const i64 *list = (const i64 *)args[1];
+    const i32 *where = (const i32 *)args[3];
+    for (i64 n = 0; n < list[0]; n++) {
+        const i64 *step = list + 1 + n * STEP_NUMBERS;
+        Task t = {pool, thread, step + 1, where[0], where[1]};
         switch (step[0]) {
         case EMBED: embed(&t); break;
         case NORM: norm(&t); break;
         case LINEAR: linear(&t); break;
         case CACHE: cache(&t); break;
         case ATTEND: attend(&t); break;
+        case ROUTE: route(&t); break;
+        case GROUP: group_pairs(&t); break;
+        case EXPERTS: experts(&t); break;
+        case COMBINE: combine(&t); break;
         }
         barrier(pool);
     }

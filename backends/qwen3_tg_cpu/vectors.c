@@ -19,6 +19,8 @@ typedef _Float16 h8 __attribute__((ext_vector_type(8)));
 #define READ(type, address) ({ type value_; __builtin_memcpy(&value_, address, sizeof(type)); value_; })
 #define WRITE(address, value) ({ __typeof__(value) value_ = value; __builtin_memcpy(address, &value_, sizeof(value_)); })
 
+ALWAYS i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
 ALWAYS f8 load(const float *p) { return READ(f8, p); }
 ALWAYS void store(float *p, f8 v) { WRITE(p, v); }
 
