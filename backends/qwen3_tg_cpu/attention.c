@@ -4,7 +4,8 @@
 // greatest score, the sum of exponentials and the mixed values are kept, and put together at the
 // end. The parts depend on lengths alone, not on the number of threads: nor do results.
 
-#define KEYS 64        // keys whose scores are computed at a time
+#define SOME_KEYS 32   // keys whose scores are computed at a time for one position
+#define KEYS 64        // and for many
 #define QUERIES 48     // query rows of a block at most: heads of one key/value head times positions
 #define MOST_PARTS 64  // of the keys, for one position
 
@@ -90,88 +91,109 @@ static float greatest_of(const float *x, i64 n, float most) {
 
 // ---- one position -------------------------------------------------------------------------
 
-// Keys in a part: a multiple of KEYS, so that there are at most MOST_PARTS.
+// Keys in a part: a multiple of SOME_KEYS, so that there are at most MOST_PARTS.
 static i64 part_keys(i64 keys) {
     i64 each = (keys + MOST_PARTS - 1) / MOST_PARTS;
-    return (each + KEYS - 1) / KEYS * KEYS;
+    return round_up(each, SOME_KEYS);
 }
 
-ALWAYS void dots(const int type, const int queries, const float *q, const u8 *k, i64 stride, i64 n,
-                 i64 head_dim, float *scores, i64 ld) {
-    const int size = type == F32 ? 4 : 2;
-    for (i64 t = 0; t < n; t++, k += stride) {
-        f8 sums[4] = {0};
-        i64 i = 0;
-        for (; i + 8 <= head_dim; i += 8) {
-            f8 key = eight(type, k + size * i);
-            for (int g = 0; g < queries; g++) sums[g] += key * load(q + g * head_dim + i);
-        }
-        for (int g = 0; g < queries; g++) {
-            float s = sum(sums[g]);
-            for (i64 j = i; j < head_dim; j++) s += one(type, k + size * j) * q[g * head_dim + j];
-            scores[g * ld + t] = s;
+// Sums of eight vectors.
+ALWAYS f8 sums_of(f8 v[8]) {
+    transpose8(v);
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+
+// Scores of four keys, `stride` bytes apart, with up to two queries.
+ALWAYS void dots(const int type, const int queries, const float *q, const u8 *k[4], i64 head_dim,
+                 float *scores, i64 ld) {
+    const int size = (int)type_size(type);
+    f8 sums[8] = {0};
+    i64 i = 0;
+    for (; i + 8 <= head_dim; i += 8) {
+        f8 a = load(q + i), b = queries > 1 ? load(q + head_dim + i) : a;
+        for (int j = 0; j < 4; j++) {
+            f8 key = eight(type, k[j] + size * i);
+            sums[j] += key * a;
+            if (queries > 1) sums[4 + j] += key * b;
         }
     }
+    f8 all = sums_of(sums);
+    for (int g = 0; g < queries; g++)
+        for (int j = 0; j < 4; j++) {
+            float s = all[4 * g + j];
+            for (i64 n = i; n < head_dim; n++) s += one(type, k[j] + size * n) * q[g * head_dim + n];
+            scores[g * ld + j] = s;
+        }
 }
 
-// out += sums of values by weights, for `queries` queries.
-ALWAYS void mix(const int type, const int queries, const float *weights, i64 ld, const u8 *v,
-                i64 stride, i64 n, i64 head_dim, float *out, i64 ldo) {
-    const int size = type == F32 ? 4 : 2;
+// out += four values by their weights, for up to two queries.
+ALWAYS void mix(const int type, const int queries, const float *weights, i64 ld, const u8 *v[4],
+                i64 head_dim, float *out, i64 ldo) {
+    const int size = (int)type_size(type);
     i64 i = 0;
-    for (; i + 16 <= head_dim; i += 16) {
-        f8 a[4], b[4];
-        for (int g = 0; g < queries; g++) {
-            a[g] = load(out + g * ldo + i), b[g] = load(out + g * ldo + i + 8);
+    for (; i + 8 <= head_dim; i += 8) {
+        f8 a = load(out + i), b = queries > 1 ? load(out + ldo + i) : a;
+        for (int j = 0; j < 4; j++) {
+            f8 value = eight(type, v[j] + size * i);
+            a += value * weights[j];
+            if (queries > 1) b += value * weights[ld + j];
         }
-        for (i64 t = 0; t < n; t++) {
-            f8 x = eight(type, v + t * stride + size * i), y = eight(type, v + t * stride + size * (i + 8));
-            for (int g = 0; g < queries; g++) {
-                a[g] += x * weights[g * ld + t];
-                b[g] += y * weights[g * ld + t];
-            }
-        }
-        for (int g = 0; g < queries; g++) {
-            store(out + g * ldo + i, a[g]), store(out + g * ldo + i + 8, b[g]);
-        }
+        store(out + i, a);
+        if (queries > 1) store(out + ldo + i, b);
     }
     for (; i < head_dim; i++)
         for (int g = 0; g < queries; g++)
-            for (i64 t = 0; t < n; t++)
-                out[g * ldo + i] += one(type, v + t * stride + size * i) * weights[g * ld + t];
+            for (int j = 0; j < 4; j++)
+                out[g * ldo + i] += one(type, v[j] + size * i) * weights[g * ld + j];
 }
 
-// `queries` query heads of one key/value head, over the keys of one part, with values of `type`.
-ALWAYS void part_of(const Attention *a, const int type, const int queries, int head, i64 first,
-                    i64 end, float *part) {
-    i64 d = a->head_dim, stride = a->kv_heads * d * type_size(type), ld = d + 2;
-    int kv_head = head / (a->heads / a->kv_heads);
-    float scores[4 * KEYS];
-    for (int g = 0; g < queries; g++) {
-        __builtin_memset(part + g * ld, 0, 4 * (d + 1));
-        part[g * ld + d + 1] = -__builtin_inff();
+// All heads, over the keys of one part, in the order in which they lie in memory: four positions
+// at a time. Of the last ones there may be fewer: the same is read again, and counts nothing.
+ALWAYS void part_of(const Attention *a, const int type, i64 first, i64 end, float *scores, float *out) {
+    const i64 d = a->head_dim, ld = d + 2, row = a->kv_heads * d * type_size(type);
+    const int group = a->heads / a->kv_heads;
+    for (int h = 0; h < a->heads; h++) {
+        __builtin_memset(out + h * ld, 0, 4 * (d + 1));
+        out[h * ld + d + 1] = -__builtin_inff();
     }
-    for (i64 t = first; t < end; t += KEYS) {
-        i64 n = end - t < KEYS ? end - t : KEYS;
-        dots(type, queries, a->qkv + head * d, cached(a, a->k_cache, t, kv_head), stride, n, d, scores, KEYS);
-        for (int g = 0; g < queries; g++) {
-            float *mixed = part + g * ld, before = mixed[d + 1];
-            float most = greatest_of(scores + g * KEYS, n, before);
-            float fade = exp8((f8)(before - most))[0];
-            mixed[d] = mixed[d] * fade + exponentials(scores + g * KEYS, n, most);
-            mixed[d + 1] = most;
-            for (i64 i = 0; i < d; i++) mixed[i] *= fade;
+    for (i64 t = first; t < end; t += SOME_KEYS) {
+        i64 n = end - t < SOME_KEYS ? end - t : SOME_KEYS;
+        for (int values = 0; values < 2; values++) {
+            for (i64 j = 0; j < n; j += 4)
+                for (int kv = 0; kv < a->kv_heads; kv++) {
+                    const u8 *p[4];
+                    for (int i = 0; i < 4; i++) {
+                        i64 position = t + (j + i < n ? j + i : n - 1);
+                        p[i] = cached(a, values ? a->v_cache : a->k_cache, position, kv);
+                        for (i64 b = 0; b < d * type_size(type); b += 64)
+                            __builtin_prefetch(p[i] + 4 * row + b);
+                    }
+                    for (int h = kv * group; h < (kv + 1) * group; h += 2) {
+                        float *of = scores + h * SOME_KEYS + j;
+                        int both = h + 1 < (kv + 1) * group;
+                        if (!values && both) dots(type, 2, a->qkv + h * d, p, d, of, SOME_KEYS);
+                        else if (!values) dots(type, 1, a->qkv + h * d, p, d, of, SOME_KEYS);
+                        else if (both) mix(type, 2, of, SOME_KEYS, p, d, out + h * ld, ld);
+                        else mix(type, 1, of, SOME_KEYS, p, d, out + h * ld, ld);
+                    }
+                }
+            for (int h = 0; h < a->heads && !values; h++) {
+                float *of = scores + h * SOME_KEYS, *mixed = out + h * ld, before = mixed[d + 1];
+                for (i64 i = n; i < SOME_KEYS; i++) of[i] = -__builtin_inff();
+                float most = greatest_of(of, n, before), fade = exp8((f8)(before - most))[0];
+                mixed[d] = mixed[d] * fade + exponentials(of, SOME_KEYS, most);
+                mixed[d + 1] = most;
+                if (fade != 1)
+                    for (i64 i = 0; i < d; i++) mixed[i] *= fade;
+            }
         }
-        mix(type, queries, scores, KEYS, cached(a, a->v_cache, t, kv_head), stride, n, d, part, ld);
     }
 }
 
-static void part(const Attention *a, int head, int queries, i64 first, i64 end, float *out) {
-#define CASE(T, G) if (a->cache_type == T && queries == G) part_of(a, T, G, head, first, end, out);
-#define TYPE(T) CASE(T, 1) CASE(T, 2) CASE(T, 3) CASE(T, 4)
-    TYPE(F32) TYPE(F16) TYPE(BF16)
-#undef TYPE
-#undef CASE
+static void part(const Attention *a, i64 first, i64 end, float *scores, float *out) {
+    if (a->cache_type == F32) part_of(a, F32, first, end, scores, out);
+    else if (a->cache_type == F16) part_of(a, F16, first, end, scores, out);
+    else part_of(a, BF16, first, end, scores, out);
 }
 
 // Put the parts of one head together.

@@ -195,15 +195,12 @@ static void cache(const Task *t) {
 // Scores, softmax, mixed values. attention's nine
 static void attend(const Task *t) {
     Attention a = attention(t);
-    i64 group = a.heads / a.kv_heads;
     if (a.positions == 1) {
         i64 keys = a.start + 1, each = part_keys(keys), parts = (keys + each - 1) / each;
-        i64 d = a.head_dim, per = (group + 3) / 4;  // up to four query heads share what is read
-        for (i64 item; (item = take(t->pool, 1)) < parts * a.kv_heads * per;) {
-            i64 p = item / (a.kv_heads * per), rest = item % (a.kv_heads * per);
-            i64 g = rest % per * 4, queries = group - g < 4 ? group - g : 4;
-            i64 head = rest / per * group + g, end = (p + 1) * each < keys ? (p + 1) * each : keys;
-            part(&a, (int)head, (int)queries, p * each, end, a.parts + (p * a.heads + head) * (d + 2));
+        float *scores = (float *)room(t, 4 * SOME_KEYS * a.heads);
+        for (i64 p; (p = take(t->pool, 1)) < parts;) {
+            i64 end = (p + 1) * each < keys ? (p + 1) * each : keys;
+            part(&a, p * each, end, scores, a.parts + p * a.heads * (a.head_dim + 2));
         }
         barrier(t->pool);
         for (i64 head; (head = take(t->pool, 1)) < a.heads;) join_parts(&a, (int)head, parts);
