@@ -20,9 +20,7 @@ class Forward(Protocol):
     def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[Any, ...]:
         """Symbolic numbers, bound for this step, that `logits` is to be given."""
 
-    def logits(
-        self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any
-    ) -> Tensor:
+    def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
         """After the last position that is there, (V,), or after every one, (S, V).
 
         ids: (1, S) int32; at: the position of the first one and `rows`, (2,) int32"""
@@ -39,9 +37,7 @@ class Lowered:
         last_row = UOp.variable("last_row", 0, S - 1).bind(rows - 1) if S > 1 else 0
         return start_pos, last_row
 
-    def logits(
-        self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any
-    ) -> Tensor:
+    def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
         start_pos, last_row = symbols
         x = self._model.hidden(ids, cache, start_pos)  # (1, S, D)
         if every:
@@ -61,9 +57,7 @@ class Fast:
     def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[()]:
         return ()
 
-    def logits(
-        self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any
-    ) -> Tensor:
+    def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
         model = self._model
         steps = self._kernels.steps(ids, at, model.config.rms_norm_eps)
         x = steps.embed(model.embed_tokens.weight)

@@ -1,9 +1,9 @@
 """From ids to the next id: prefill in chunks, decode one by one, and know when to stop.
 
-The only owner of positions and of what the cache holds. Two graphs are captured (step_graph.py): one
-computes a whole chunk of new positions, the other a single one. The position is an input of both, so
-no length of text is compiled anew; only when the cache grows (see kv_cache.py) are they captured
-again.
+The only owner of positions and of what the cache holds. Two graphs are captured (step_graph.py):
+one computes a whole chunk of new positions, the other a single one. The position is an input of
+both, so no length of text is compiled anew; only when the cache grows (see kv_cache.py) are they
+captured again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from numbers import Integral
 
 import numpy as np
@@ -46,7 +47,7 @@ class Engine:
         kernels: KernelCache,
     ):
         self.context = context
-        self._forward, self._kernels, self._vocab_size = forward, kernels, config.vocab_size
+        self._forward, self.kernels, self._vocab_size = forward, kernels, config.vocab_size
         self._device, self._chunk = policy.device, policy.prefill_chunk
         # The last chunk of a full context reaches past its end with padding.
         limit = context + policy.prefill_chunk
@@ -134,9 +135,10 @@ class Engine:
         if not known:
             size, every = self._size(kind), kind == "all"
             self._graphs[kind] = StepGraph(self._forward, self._cache, self._device, size, every)
-        logits = self._graphs[kind](new, start)
+        with nullcontext() if known else self.kernels.reporting():
+            logits = self._graphs[kind](new, start)
         if not known:
-            self._kernels.save()
+            self.kernels.save()
         if not np.isfinite(logits[..., : len(new), :] if kind == "all" else logits).all():
             raise DeviceError(
                 f"{self._device} gave logits that are not finite numbers: the weights are damaged, "

@@ -6,14 +6,19 @@ memory (`to_program_cache`); this module loads that table at the start and saves
 The file is a pickle, and so is trusted only where it is this user's own. It holds code for one
 tinygrad, one compiler and one processor (`fingerprint`).
 
-Touches tinygrad's internals: `tinygrad.codegen.to_program_cache`.
+Touches tinygrad's internals: `tinygrad.codegen.to_program_cache`, and the progress bar that its
+compiling has.
 """
 
 from __future__ import annotations
 
 import pickle
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qwen3_tg.compiler import is_ours
 
@@ -29,6 +34,19 @@ class KernelCache:
         self._path = directory / f"programs-{fingerprint}.pickle"
         self._of_others = frozenset(to_program_cache)
         self._saved = len(to_program_cache)
+        self.on_kernels: Callable[[int, int], None] | None = None
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """While this lasts, `on_kernels` is told how many of a graph's new kernels are made."""
+        from tinygrad.engine import realize
+
+        module: Any = realize
+        before, module.tqdm = module.tqdm, partial(_Report, self.on_kernels)
+        try:
+            yield
+        finally:
+            module.tqdm = before
 
     def load(self) -> None:
         """Put the programs on disk into tinygrad's table. A missing or damaged file is an empty
@@ -63,3 +81,26 @@ class KernelCache:
                 file.replace(self._path)
         except OSError:
             return
+
+
+class _Report:
+    """Stands in for the bar that tinygrad shows while it compiles, if it is told to."""
+
+    def __init__(
+        self, on_kernels: Callable[[int, int], None] | None, total: int, **looks: Any
+    ) -> None:
+        self._on_kernels, self._done, self._total = on_kernels, 0, total
+
+    def __enter__(self) -> _Report:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def set_description(self, text: str) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        self._done += count
+        if self._on_kernels:
+            self._on_kernels(self._done, self._total)

@@ -74,7 +74,9 @@ def to_device(
             host = np.ascontiguousarray(host)
         if shared and isinstance(host, np.memmap):
             dtype = getattr(dtypes, host.dtype.name)
-            arrays[name] = Tensor.from_blob(host.ctypes.data, host.shape, dtype=dtype, device=device)
+            arrays[name] = Tensor.from_blob(
+                host.ctypes.data, host.shape, dtype=dtype, device=device
+            )
             mapped.append(host)
         else:
             arrays[name] = Tensor(np.asarray(host), device=device).realize()

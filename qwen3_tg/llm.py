@@ -58,8 +58,8 @@ def load(
     `dtype` is what it computes in: "float32", "float16" or "bfloat16"; by default the best the
     device does well; `kv_dtype` what the cache of keys and values is kept in, by default the same.
     On a CPU `kernels` are "fast" (the default: float16 for the cache, and 16 bits for activations
-    that meet integer weights), "exact" (float32 for both; the default where `dtype` is "float32") or
-    "generic" (tinygrad's lowering), and `threads` is one a core unless it is given.
+    that meet integer weights), "exact" (float32 for both; the default where `dtype` is "float32")
+    or "generic" (tinygrad's lowering), and `threads` is one a core unless it is given.
     `context` is the most tokens of prompt and answer together; by default what the checkpoint was
     made for. Beyond that YaRN is switched on with the factor it takes. `on_progress` is called with
     bytes of weights done and all of them.
@@ -125,6 +125,16 @@ class LLM:
     def cache_capacity(self) -> int:
         """Positions that the cache has room for at present; it grows up to the context."""
         return self._engine.cache_capacity
+
+    @property
+    def on_kernels(self) -> Callable[[int, int], None] | None:
+        """Is told how many of a graph's new kernels have been made, and of how many; before the
+        first token, and after the cache has grown."""
+        return self._engine.kernels.on_kernels
+
+    @on_kernels.setter
+    def on_kernels(self, report: Callable[[int, int], None] | None) -> None:
+        self._engine.kernels.on_kernels = report
 
     def default_sampling(self, seed: int | None = None) -> Sampling:
         """The checkpoint's own advice, with this seed or a random one."""

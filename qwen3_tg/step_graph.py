@@ -3,9 +3,9 @@
 The only owner of TinyJit. What changes from step to step lies in two buffers that the graph was
 captured with: handing new tensors to a graph costs milliseconds of scheduling each time.
 
-Touches tinygrad's internals: a tensor's `Buffer`; and `TinyJit.cnt`, as TinyJit runs a function twice
-before it captures, to see what a changing first call would do. Ours never changes, and each such run
-costs seconds.
+Touches tinygrad's internals: a tensor's `Buffer`; and `TinyJit.cnt`, as TinyJit runs a function
+twice before it captures, to see what a changing first call would do. Ours never changes, and each
+such run costs seconds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StepGraph:
 
 
 def _write(tensor: Tensor, values: np.ndarray) -> None:
-    buffer: Any = tensor.uop.base.buffer.ensure_allocated()
+    buffer = _buffer(tensor)
     if hasattr(buffer.allocator, "_as_buffer"):  # the host can write there
         buffer.as_memoryview(force_zero_copy=True)[:] = values.tobytes()
     else:
@@ -56,9 +56,13 @@ def _write(tensor: Tensor, values: np.ndarray) -> None:
 
 def _read(tensor: Tensor) -> np.ndarray:
     """A copy: the next step writes to the same place."""
-    buffer: Any = tensor.uop.base.buffer.ensure_allocated()
-    values = np.frombuffer(buffer.as_memoryview(allow_zero_copy=True), dtype=np.float32)
+    values = np.frombuffer(_buffer(tensor).as_memoryview(allow_zero_copy=True), dtype=np.float32)
     return values.reshape(tensor.shape).copy()
+
+
+def _buffer(tensor: Tensor) -> Any:
+    buffer: Any = tensor.uop.base.buffer
+    return buffer.ensure_allocated()
 
 
 def _capture_at_once(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

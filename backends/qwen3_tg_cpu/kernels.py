@@ -5,12 +5,12 @@
     x = steps.attention(x, ...); x = steps.mlp(x, ...) or steps.experts(x, ...)   # each layer
     logits = steps.head(x, ...)
 
-To tinygrad the kernel is a finished PROGRAM with three buffers that matter. Its machine code is a few
-instructions: they collect the arguments and call the C program. Addresses of weights, caches and
-scratch stand in the list: whoever makes a kernel keeps what it gave to it as long as it may run.
+To tinygrad the kernel is a finished PROGRAM with few buffers. Its machine code is some instructions
+that collect the arguments and call the C program. Addresses of weights, caches and scratch stand in
+the list: whoever makes a kernel keeps what it gave to it as long as it may run.
 
-Touches tinygrad's internals: `Ops.PROGRAM`, `ProgramInfo`, `Estimates`, `Tensor.custom_kernel` and a
-tensor's `Buffer`.
+Touches tinygrad's internals: `Ops.PROGRAM`, `ProgramInfo`, `Estimates`, `Tensor.custom_kernel` and
+a tensor's `Buffer`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Kernels:
         return Tensor.from_blob(host.ctypes.data, host.shape, dtype=dtype, device="CPU")
 
     def room(self, name: str, nbytes: int) -> int:
-        """The address of scratch for the time of a kernel: they run one by one, so that all share it."""
+        """The address of scratch for the time of a kernel: all share it, as they run one by one."""
         if name not in self._scratch or self._scratch[name].nbytes < nbytes:
             self._scratch[name] = np.empty(nbytes, dtype=np.uint8)
             self._kept.append(self._scratch[name])  # older kernels use what was there before
@@ -161,8 +161,8 @@ class Kernels:
 
 
 class Steps:
-    """One kernel in the making, for a sequence of S new positions. x, what the layers hand on, is an
-    address of (S, D) float32."""
+    """One kernel in the making, for a sequence of S new positions. x, what the layers hand on, is
+    an address of (S, D) float32."""
 
     def __init__(self, kernels: Kernels, ids: Tensor, at: Tensor, eps: float):
         self._kernels, self._ids, self._at, self._eps = kernels, ids, at, _bits(eps)

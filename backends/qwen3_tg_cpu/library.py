@@ -41,9 +41,8 @@ class Library:
         # Private memory, not tinygrad's, which a forked child would share with its parent.
         self._memory = np.zeros(_POOL_BYTES + _LINE, dtype=np.uint8)
         self.pool = (self._memory.ctypes.data + _LINE - 1) // _LINE * _LINE
-        self._fields = np.frombuffer(
-            (ctypes.c_uint8 * _POOL_BYTES).from_address(self.pool), dtype=np.int64
-        )
+        start = self.pool - self._memory.ctypes.data
+        self._fields = self._memory[start : start + _POOL_BYTES].view(np.int64)
         self._threads = physical_cores()
         self._reset()
         os.register_at_fork(after_in_child=self._reset)
@@ -96,7 +95,9 @@ def physical_cores() -> int:
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
-            ids = tuple((topology / name).read_text() for name in ("physical_package_id", "core_id"))
+            ids = tuple(
+                (topology / name).read_text() for name in ("physical_package_id", "core_id")
+            )
         except OSError:
             return len(allowed)
         cores.add(ids)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from qwen3_tg.device import DTYPE_NAMES
+from qwen3_tg.device import DTYPE_NAMES, KERNELS
 from qwen3_tg.errors import UsageError
 
 # Command: the module in this room and its function that runs it, imported only then.
@@ -132,7 +132,7 @@ def _add_run(parser: _Parser) -> None:
     run.add_argument(
         "--kv-dtype",
         choices=DTYPE_NAMES,
-        help="of the cache of keys and values; by default as --dtype",
+        help="of the cache of keys and values; by default as --dtype, or float16 with fast kernels",
     )
     run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
 
@@ -150,6 +150,15 @@ def _add_device(run: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
         metavar="N",
         help="most tokens of prompt and answer together; beyond what the model was made for, YaRN "
         "is switched on with the factor it takes",
+    )
+    run.add_argument(
+        "--kernels",
+        choices=KERNELS,
+        help="on a CPU: fast, or exact (float32 throughout; the default with --dtype float32), or "
+        "generic (tinygrad's own, as on every other device)",
+    )
+    run.add_argument(
+        "--threads", type=int, metavar="N", help="on a CPU: how many compute (default: all cores)"
     )
 
 

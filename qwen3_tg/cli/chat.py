@@ -74,7 +74,7 @@ class Conversation:
                 replace(self.sampling, seed=seed),
                 self._options,
             )
-            terminal.stream(pieces, printer.show)
+            terminal.stream(pieces, printer.show, self._llm)
             if printer.reason == "context":
                 terminal.note("(/clear starts anew)")
         except KeyboardInterrupt:

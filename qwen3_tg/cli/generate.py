@@ -35,7 +35,7 @@ def generate(options: argparse.Namespace) -> None:
         pieces = reply(llm, with_system(messages, options), sampling, options)
     printer = terminal.ReplyPrinter(sampling.seed, options.verbose)
     try:
-        terminal.stream(pieces, printer.show)
+        terminal.stream(pieces, printer.show, llm)
     except KeyboardInterrupt:
         printer.finish()
         raise
@@ -44,11 +44,19 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def load_model(options: argparse.Namespace) -> LLM:
-    """The model of --model, --device, --dtype, --kv-dtype and --context, with progress."""
+    """The model of --model and the options of where it runs, with progress."""
     began = time.perf_counter()
     with terminal.loading() as on_progress:
-        where = (options.device, options.dtype, options.context)
-        llm = load(options.model, *where, on_progress, options.kv_dtype)
+        llm = load(
+            options.model,
+            options.device,
+            options.dtype,
+            options.context,
+            on_progress,
+            kv_dtype=options.kv_dtype,
+            kernels=options.kernels,
+            threads=options.threads,
+        )
     for remark in llm.checkpoint.notes:
         terminal.note(f"note: {remark}")
     if wishes := llm.checkpoint.generation.not_applied:
@@ -64,6 +72,7 @@ def check_sampling(options: argparse.Namespace) -> None:
     Sampling(**_given(options))
     check_count("--max-new-tokens", options.max_new_tokens, least=1)
     check_count("--context", options.context, least=1)
+    check_count("--threads", options.threads, least=1)
     check_count("--thinking-budget", options.thinking_budget, least=0)
     if options.thinking_budget is not None and options.thinking == "off":
         raise UsageError("--thinking-budget has no meaning with --thinking off")

@@ -8,10 +8,11 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TextIO
 
 from qwen3_tg.device import Policy
+from qwen3_tg.llm import LLM
 from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
 
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
@@ -66,7 +67,9 @@ def note(text: str) -> None:
 
 
 def note_device(policy: Policy, seconds: float) -> None:
-    note(f"device {policy.device} ({policy.reason}), {policy.dtype}; loaded in {seconds:.1f} s")
+    how = f", {policy.kernels} kernels on {policy.threads} threads" if policy.threads else ""
+    what = f"device {policy.device} ({policy.reason}), {policy.dtype}{how}"
+    note(f"{what}; loaded in {seconds:.1f} s")
 
 
 def note_end(end: End, seed: int, verbose: bool) -> None:
@@ -111,19 +114,35 @@ def loading() -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def stream(pieces: Iterator[Piece], show: Callable[[Piece], None]) -> None:
+def stream(pieces: Iterator[Piece], show: Callable[[Piece], None], llm: LLM) -> None:
     """Show all pieces; on a terminal a sign of life stands there until the first one."""
-    waiting: AbstractContextManager[object] = nullcontext()
-    if sys.stderr.isatty():
-        from rich.console import Console
-
-        waiting = Console(stderr=True).status("reading the prompt", spinner="dots")
-    with waiting:
+    with _waiting(llm):
         first = next(pieces, None)
     if first is not None:
         show(first)
     for piece in pieces:
         show(piece)
+
+
+@contextmanager
+def _waiting(llm: LLM) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    reading = "reading the prompt"
+    with Console(stderr=True).status(reading, spinner="dots") as status:
+
+        def on_kernels(done: int, total: int) -> None:
+            making = f"making kernel {done} of {total}, once for this model and device"
+            status.update(making if done < total else reading)
+
+        llm.on_kernels = on_kernels
+        try:
+            yield
+        finally:
+            llm.on_kernels = None
 
 
 def _obeys_codes() -> bool:
