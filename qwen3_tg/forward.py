@@ -15,7 +15,11 @@ from qwen3_tg.model import Block, MoE, Qwen3
 
 
 class Forward(Protocol):
-    """A step computes S new positions, of which `rows` are there and the others are padding."""
+    """A step computes S new positions, of which `rows` are there and the others are padding.
+    `scratch_bytes` is what it holds that tinygrad does not count."""
+
+    @property
+    def scratch_bytes(self) -> int: ...
 
     def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[Any, ...]:
         """Symbolic numbers, bound for this step, that `logits` is to be given."""
@@ -29,8 +33,10 @@ class Forward(Protocol):
 class Lowered:
     """By tinygrad's lowering. The position is a symbolic number in its kernels."""
 
+    scratch_bytes = 0
+
     def __init__(self, model: Qwen3):
-        self._model = model
+        self.model = model
 
     def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[UOp, UOp | int]:
         start_pos = UOp.variable("start_pos", 0, capacity - S).bind(start)
@@ -39,26 +45,30 @@ class Lowered:
 
     def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
         start_pos, last_row = symbols
-        x = self._model.hidden(ids, cache, start_pos)  # (1, S, D)
+        x = self.model.hidden(ids, cache, start_pos)  # (1, S, D)
         if every:
-            return self._model.logits(x)[0]  # (S, V)
+            return self.model.logits(x)[0]  # (S, V)
         row = x[:, last_row : last_row + 1]  # the head is large: for the wanted row alone
-        return self._model.logits(row).flatten()  # (V,)
+        return self.model.logits(row).flatten()  # (V,)
 
 
 class Fast:
     """By the kernels of qwen3_tg_cpu: one kernel a step. The position is two numbers in memory."""
 
     def __init__(self, model: Qwen3, kernels: Any):
-        self._model, self._kernels = model, kernels
+        self.model, self._kernels = model, kernels
         self._layers = [(self._attention(block), self._mlp(block)) for block in model.layers]
         self._norm = kernels.vector(model.norm.weight)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return int(self._kernels.scratch_bytes)
 
     def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[()]:
         return ()
 
     def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
-        model = self._model
+        model = self.model
         steps = self._kernels.steps(ids, at, model.config.rms_norm_eps)
         x = steps.embed(model.embed_tokens.weight)
         for (attention, mlp), kv in zip(self._layers, cache.layers, strict=True):

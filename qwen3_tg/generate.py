@@ -47,7 +47,7 @@ class Engine:
         kernels: KernelCache,
     ):
         self.context = context
-        self._forward, self.kernels, self._vocab_size = forward, kernels, config.vocab_size
+        self.forward, self.kernels, self._vocab_size = forward, kernels, config.vocab_size
         self._device, self._chunk = policy.device, policy.prefill_chunk
         # The last chunk of a full context reaches past its end with padding.
         limit = context + policy.prefill_chunk
@@ -134,7 +134,7 @@ class Engine:
         known = kind in self._graphs
         if not known:
             size, every = self._size(kind), kind == "all"
-            self._graphs[kind] = StepGraph(self._forward, self._cache, self._device, size, every)
+            self._graphs[kind] = StepGraph(self.forward, self._cache, self._device, size, every)
         with nullcontext() if known else self.kernels.reporting():
             logits = self._graphs[kind](new, start)
         if not known:

@@ -75,7 +75,8 @@ def load(
 
 class LLM:
     """A loaded model. `config` is its shape, `tokenizer` None where the checkpoint has none,
-    `policy` says which device it runs on and in which types."""
+    `policy` says which device it runs on and in which types, `mapped_bytes` how much of the weights
+    is used where it lies in a mapped file."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class LLM:
                 f"{checkpoint.path}: its tokenizer has {self.tokenizer.size} tokens, but the model "
                 f"only {self.config.vocab_size}: it is the tokenizer of another model"
             )
-        self._engine = _start_engine(checkpoint, policy, context, on_progress)
+        self._engine, self.mapped_bytes = _start_engine(checkpoint, policy, context, on_progress)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -125,6 +126,12 @@ class LLM:
     def cache_capacity(self) -> int:
         """Positions that the cache has room for at present; it grows up to the context."""
         return self._engine.cache_capacity
+
+    @property
+    def bytes_besides(self) -> int:
+        """Bytes that the model has besides what tinygrad allocated: `mapped_bytes`, and the scratch
+        of a device's own kernels."""
+        return self.mapped_bytes + self._engine.forward.scratch_bytes
 
     @property
     def on_kernels(self) -> Callable[[int, int], None] | None:
@@ -347,8 +354,9 @@ def _start_engine(
     policy: devices.Policy,
     context: int,
     on_progress: Callable[[int, int], None] | None,
-) -> Engine:
-    """Put the weights on the device, one at a time, and build the model around them."""
+) -> tuple[Engine, int]:
+    """Put the weights on the device, one at a time, and build the model around them. Also gives the
+    bytes of weights that stayed in their mapped file."""
     from tinygrad import Tensor
 
     from qwen3_tg.forward import Fast, Lowered
@@ -366,7 +374,7 @@ def _start_engine(
     programs = KernelCache(compiler.cache_dir(), name)
     programs.load()
 
-    factor = load_factor(policy.device) or 1.0
+    factor = load_factor(policy) or 1.0
     plan = make_plan(ModelSize.of(config, stored), policy, context, factor)
     devices.check_memory(policy, plan.first_parts)
     weights, done, shared = {}, 0, devices.shares_memory(policy)
@@ -380,4 +388,5 @@ def _start_engine(
     model = Qwen3(config, weights, rope, DTYPES[policy.dtype])
     kernels = devices.own_kernels(policy)
     forward = Fast(model, kernels) if kernels else Lowered(model)
-    return Engine(config, forward, policy, context, programs)
+    mapped = sum(array.nbytes for weight in weights.values() for array in weight.mapped)
+    return Engine(config, forward, policy, context, programs), mapped

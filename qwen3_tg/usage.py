@@ -29,6 +29,12 @@ def allocated_bytes(device: str) -> int:
     return int(GlobalCounters.mem_used_per_device[device])
 
 
+def taken_bytes(llm: LLM) -> int:
+    """What tinygrad has allocated on the model's device, and what the model has besides: weights
+    used where they lie in mapped files, and the scratch of a device's own kernels."""
+    return allocated_bytes(llm.policy.device) + llm.bytes_besides
+
+
 def peak_resident_bytes() -> int | None:
     """The most memory that this process ever had, where the system tells."""
     try:  # getrusage counts the parent's too, up to the moment when this program was started
@@ -51,7 +57,7 @@ def loaded_report(llm: LLM) -> str:
     plan, device = plan_of(llm), llm.policy.device
     return (
         f"memory of {device}: planned {plan.weights_bytes:,} bytes of weights and "
-        f"{plan.rope_bytes:,} of rope table; allocated {allocated_bytes(device):,}"
+        f"{plan.rope_bytes:,} of rope table; taken {taken_bytes(llm):,}{_mapped(llm)}"
         f"{_peak()}"
     )
 
@@ -62,11 +68,11 @@ def used_report(llm: LLM) -> str:
     cache = cache_bytes(llm.config, capacity, FLOATS[llm.policy.kv_dtype])
     exact = plan.weights_bytes + cache + plan.rope_bytes + plan.logits_bytes
     scratch = scratch_bytes(_size(llm), llm.policy, capacity, _factor(llm))
-    found = allocated_bytes(device)
+    found = taken_bytes(llm)
     return (
         f"memory of {device}: planned {exact + scratch:,} bytes (weights {plan.weights_bytes:,}, "
         f"cache {cache:,} for {capacity:,} positions, rope table {plan.rope_bytes:,}, logits "
-        f"{plan.logits_bytes:,}, scratch about {scratch:,}); allocated {found:,}, of it scratch "
+        f"{plan.logits_bytes:,}, scratch about {scratch:,}); taken {found:,}, of it scratch "
         f"{found - exact:,}{_peak()}"
     )
 
@@ -76,7 +82,11 @@ def _size(llm: LLM) -> ModelSize:
 
 
 def _factor(llm: LLM) -> float:
-    return load_factor(llm.policy.device) or 1.0
+    return load_factor(llm.policy) or 1.0
+
+
+def _mapped(llm: LLM) -> str:
+    return f" ({llm.mapped_bytes:,} of them in mapped files)" if llm.mapped_bytes else ""
 
 
 def _peak() -> str:
@@ -85,11 +95,9 @@ def _peak() -> str:
 
 
 def scratch_factor(device: str) -> float:
-    """The factor of a device: the one that was measured, or else measured now, with the embedded
-    model, and kept. Takes seconds. Raises DeviceError if the model does not run there."""
-    if (known := load_factor(device)) is not None:
-        return known
-    llm = load("tiny", device)
+    """Measure the factor of a device now, with the embedded model, and keep it. Takes seconds.
+    Raises DeviceError if the model does not run there."""
+    llm = load("tiny", device, kernels="generic")
     size, plan = _size(llm), plan_of(llm)
     before = allocated_bytes(llm.policy.device)
     list(llm.generate_ids(_PROMPT, max_new_tokens=2, stop_ids=()))

@@ -133,6 +133,11 @@ class Kernels:
         """Threads that compute, with the calling one."""
         return self._library.threads
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch that kernels made so far share."""
+        return sum(array.nbytes for array in self._scratch.values())
+
     def vector(self, weight: Matrix) -> Tensor:
         """A norm's weight as float32. Not to be called while a graph is captured."""
         host = weight.arrays["data"].numpy()

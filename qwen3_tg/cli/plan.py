@@ -135,7 +135,7 @@ def _targets_here(kv_dtype: str | None) -> list[Target]:
     """Every working device of this machine; its scratch is measured once."""
     targets = []
     for policy in devices.working_policies(kv_dtype):
-        factor = load_factor(policy.device)
+        factor = load_factor(policy)
         if factor is None:
             terminal.note(f"measuring scratch memory on {policy.device}, once")
             try:

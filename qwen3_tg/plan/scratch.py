@@ -23,6 +23,7 @@ from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy, shares_scratch
 
 _FLOAT32 = 4
+_PARTS = 64  # of the keys, at most: qwen3_tg_cpu's attention.c
 _FILE = "scratch.json"
 # What a factor can sensibly be; anything else in the file is not believed.
 _LEAST, _MOST = 0.1, 10.0
@@ -67,6 +68,8 @@ class ModelSize:
 
 def scratch_bytes(size: ModelSize, policy: Policy, capacity: int, factor: float = 1.0) -> int:
     """What both graphs hold when the cache has this capacity."""
+    if policy.kernels != "generic":
+        return _own_kernels(size.config, policy.prefill_chunk)
     one = FLOATS[policy.dtype]
     prefill = _phases(size, policy.prefill_chunk, capacity, one)
     decode = _phases(size, 1, capacity, one)
@@ -74,6 +77,26 @@ def scratch_bytes(size: ModelSize, policy: Policy, capacity: int, factor: float 
         return round((max(prefill) + max(decode)) * factor)
     layers = size.config.num_hidden_layers
     return round((sum(prefill) + sum(decode)) * layers * factor)
+
+
+def _own_kernels(config: ModelConfig, S: int) -> int:
+    """Exactly what qwen3_tg_cpu takes for S positions at a time, whatever the capacity: scores stay
+    in the processor's cache."""
+    H, K, Hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    D = config.hidden_size
+    stream = 3 * D  # x, with attention added, normed
+    heads = (2 * H + 2 * K) * Hd
+    parts = _PARTS * H * (Hd + 2)
+    layers = [config.is_mixture(layer) for layer in range(config.num_hidden_layers)]
+    widths, others = [], 0
+    if not all(layers):
+        widths.append(config.intermediate_size)
+    if any(layers):
+        k, F, E = config.num_experts_per_tok, config.moe_intermediate_size, config.num_experts
+        widths.append(k * F)
+        others = E + 3 * k + 2 * k * D  # router, pairs of position and expert, their rows
+        parts += E + 1
+    return _FLOAT32 * (S * (stream + heads + max(widths) + others) + parts)
 
 
 def _phases(size: ModelSize, S: int, capacity: int, one: int) -> tuple[int, int]:
@@ -95,8 +118,11 @@ def _phases(size: ModelSize, S: int, capacity: int, one: int) -> tuple[int, int]
     return attention, 2 * S * F * one + stream + matrices
 
 
-def load_factor(device: str) -> float | None:
-    """The factor that was measured on a device, or None."""
+def load_factor(policy: Policy) -> float | None:
+    """The factor that was measured on a device, or None. A device's own kernels need none."""
+    if policy.kernels != "generic":
+        return 1.0
+    device = policy.device
     value = _read().get(_key(device))
     return value if isinstance(value, float) and _LEAST <= value <= _MOST else None
 

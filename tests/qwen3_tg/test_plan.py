@@ -103,7 +103,7 @@ def buffer_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def weights_bytes(llm: LLM) -> int:
-    model = llm._engine.model
+    model = llm._engine.forward.model
     tensors = get_state_dict(model).values()
     table = model.rope.uop.base
     return buffer_bytes(t for t in tensors if t.uop.base is not table)
@@ -112,7 +112,7 @@ def weights_bytes(llm: LLM) -> int:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A CPU of 8 GiB is the only device; what is noted."""
-    policy = devices.choose("CPU")
+    policy = devices.choose("CPU", kernels="generic")
     monkeypatch.setattr(
         devices, "working_policies", lambda kv: [replace(policy, kv_dtype=kv or policy.kv_dtype)]
     )
@@ -128,10 +128,10 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_weights_and_cache_are_planned_to_the_byte(name: str, moe: bool, tmp_path: Path) -> None:
     path = written(name, moe, tmp_path, max_position_embeddings=2100)
     checkpoint = open_checkpoint(str(path))
-    policy = devices.choose("CPU")
+    policy = devices.choose("CPU", kernels="generic")
     planned = make_plan(ModelSize.of(checkpoint.config, checkpoint.weights), policy, None)
     before = usage.allocated_bytes("CPU")
-    llm = qwen3_tg.load(str(path))
+    llm = qwen3_tg.load(str(path), kernels="generic")
     table = 16 * 4 if "IQ4" in name else 0  # made once, for all weights of IQ4_NL and IQ4_XS
     loaded = usage.allocated_bytes("CPU") - before
     exact = planned.weights_bytes + planned.rope_bytes
@@ -150,9 +150,26 @@ def test_weights_and_cache_are_planned_to_the_byte(name: str, moe: bool, tmp_pat
     assert usage.allocated_bytes("CPU") - before - loaded == planned.cache_bytes
 
 
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("name", ["bfloat16 shards", "GGUF Q8_0", "AWQ"])
+def test_all_is_planned_to_a_kilobyte_for_fast_kernels(
+    name: str, moe: bool, tmp_path: Path
+) -> None:
+    path = written(name, moe, tmp_path, max_position_embeddings=2100)
+    before = usage.allocated_bytes("CPU")
+    llm = qwen3_tg.load(str(path))
+    assert llm.policy.kernels == "fast" and llm.policy.kv_dtype == "float16"
+    stacked = moe and name != "GGUF Q8_0"  # experts that the file has one by one are copied
+    weights = usage.plan_of(llm).weights_bytes
+    assert (llm.mapped_bytes < weights) is stacked
+    list(llm.generate_ids([3] * 40, max_new_tokens=2, stop_ids=()))
+    found, planned = usage.taken_bytes(llm) - before, usage.plan_of(llm).first_bytes
+    assert 0 <= found - planned < 4096  # ids, positions, and the like
+
+
 def test_all_parts_together_are_what_is_allocated_after_a_reply(tmp_path: Path) -> None:
     before = usage.allocated_bytes("CPU")
-    llm = qwen3_tg.load("tiny", kv_dtype="float32")
+    llm = qwen3_tg.load("tiny", kv_dtype="float32", kernels="generic")
     list(llm.generate_ids([3] * 40, max_new_tokens=2, stop_ids=()))
     planned = usage.plan_of(llm)
     exact = planned.first_bytes - planned.first_scratch_bytes
@@ -164,7 +181,7 @@ def test_all_parts_together_are_what_is_allocated_after_a_reply(tmp_path: Path) 
 def test_scratch_is_near_what_the_graphs_hold(packed: bool, tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "max_position_embeddings": 1000}
     path = written("MLX 4-bit" if packed else "bfloat16 shards", False, tmp_path, **sizes)
-    llm = qwen3_tg.load(str(path))
+    llm = qwen3_tg.load(str(path), kernels="generic")
     before = usage.allocated_bytes("CPU")
     list(llm.generate_ids([3] * 40, max_new_tokens=2, stop_ids=()))
     size = ModelSize.of(llm.config, llm.checkpoint.weights)
@@ -504,8 +521,10 @@ class TestScratchIsMeasured:
         monkeypatch.setattr(scratch_file, "_path", lambda: tmp_path / "scratch.json")
         found = usage.scratch_factor("CPU")
         assert 0.5 < found < 2
-        monkeypatch.setattr(usage, "load", pytest.fail)
-        assert usage.scratch_factor("CPU") == found
+        assert scratch_file.load_factor(devices.choose("CPU", kernels="generic")) == found
+
+    def test_not_at_all_for_kernels_that_take_what_is_planned(self) -> None:
+        assert scratch_file.load_factor(devices.choose("CPU")) == 1
 
     @pytest.mark.parametrize("text", ["", "[]", "{", '{"CPU tinygrad 0.14.0": 1e9}', "\xff"])
     def test_a_file_that_says_nothing_sensible_is_not_believed(
@@ -513,9 +532,10 @@ class TestScratchIsMeasured:
     ) -> None:
         monkeypatch.setattr(scratch_file, "_path", lambda: tmp_path / "scratch.json")
         (tmp_path / "scratch.json").write_bytes(text.encode("latin-1"))
-        assert scratch_file.load_factor("CPU") is None
+        policy = devices.choose("CPU", kernels="generic")
+        assert scratch_file.load_factor(policy) is None
         scratch_file.save_factor("CPU", 1.25)
-        assert scratch_file.load_factor("CPU") == 1.25
+        assert scratch_file.load_factor(policy) == 1.25
 
     def test_devices_without_a_memory_planner_hold_every_layer(self) -> None:
         size = ModelSize.of(CONFIGS["Qwen3-8B"], stored_as(CONFIGS["Qwen3-8B"], "q8_0"))
@@ -533,9 +553,10 @@ def test_generate_v_prints_planned_against_used(
     assert main(line.split()) == 0
     err = capsys.readouterr().err
     loaded, used = (line for line in err.splitlines() if line.startswith("memory of CPU"))
-    assert "planned 2,174,336 bytes of weights and 266,240 of rope table" in loaded
-    allocated = int(re.findall(r"allocated ([\d,]+)", loaded)[0].replace(",", ""))
-    assert allocated == before + 2_174_336 + 266_240
+    rope_bytes = (2048 + 256) * 32 * 4
+    assert f"planned 2,174,336 bytes of weights and {rope_bytes:,} of rope table" in loaded
+    taken = int(re.findall(r"taken ([\d,]+)", loaded)[0].replace(",", ""))
+    assert taken == before + 2_174_336 + rope_bytes
     assert "cache 2,621,440 for 2,048 positions" in used
     assert "peak in main memory" in used
 
