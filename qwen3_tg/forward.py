@@ -56,20 +56,20 @@ class Fast:
     """By the kernels of qwen3_tg_cpu: one kernel a step. The position is two numbers in memory."""
 
     def __init__(self, model: Qwen3, kernels: Any):
-        self.model, self._kernels = model, kernels
+        self.model, self.kernels = model, kernels
         self._layers = [(self._attention(block), self._mlp(block)) for block in model.layers]
         self._norm = kernels.vector(model.norm.weight)
 
     @property
     def scratch_bytes(self) -> int:
-        return int(self._kernels.scratch_bytes)
+        return int(self.kernels.scratch_bytes)
 
     def symbols(self, start: int, rows: int, S: int, capacity: int) -> tuple[()]:
         return ()
 
     def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
         model = self.model
-        steps = self._kernels.steps(ids, at, model.config.rms_norm_eps)
+        steps = self.kernels.steps(ids, at, model.config.rms_norm_eps)
         x = steps.embed(model.embed_tokens.weight)
         for (attention, mlp), kv in zip(self._layers, cache.layers, strict=True):
             x = steps.attention(x, attention, model.rope, kv.k, kv.v)
@@ -80,7 +80,7 @@ class Fast:
     def _attention(self, block: Block) -> Any:
         from qwen3_tg_cpu import AttentionWeights
 
-        attn, vector = block.self_attn, self._kernels.vector
+        attn, vector = block.self_attn, self.kernels.vector
         return AttentionWeights(
             norm=vector(block.input_layernorm.weight),
             q_proj=attn.q_proj.weight,
@@ -96,7 +96,7 @@ class Fast:
     def _mlp(self, block: Block) -> Any:
         from qwen3_tg_cpu import MLPWeights
 
-        mlp, norm = block.mlp, self._kernels.vector(block.post_attention_layernorm.weight)
+        mlp, norm = block.mlp, self.kernels.vector(block.post_attention_layernorm.weight)
         projections = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
         if isinstance(mlp, MoE):
             return MLPWeights(norm, *projections, mlp.gate.weight, mlp.k, mlp.norm_topk_prob)

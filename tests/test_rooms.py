@@ -18,6 +18,8 @@ FLOORS = [
     ["checkpoint", "chat", "pull", "quantize"],
     ["linear", "rope", "kv_cache", "kv_sizes"],
     ["model", "plan"],
+    ["forward"],
+    ["step_graph"],
     ["generate"],
     ["llm"],
     ["bench"],
@@ -51,7 +53,11 @@ REFERENCE = sorted((ROOT / "backends" / "qwen3_tg_numpy").rglob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
+CPU_KERNELS = sorted((ROOT / "backends" / "qwen3_tg_cpu").rglob("*.py"))
+
+
 def test_every_room_is_there() -> None:
+    assert len(CPU_KERNELS) > 2
     assert len(PRODUCT) > 15
     assert len(REFERENCE) > 4
     assert len(EXAMPLES) > 2
@@ -65,6 +71,12 @@ def test_the_product_never_imports_tools_tests_or_examples(path: Path) -> None:
 @pytest.mark.parametrize("path", REFERENCE, ids=lambda p: p.name)
 def test_the_reference_is_independent(path: Path) -> None:
     allowed = {"numpy", "safetensors", "gguf", "ml_dtypes", "qwen3_tg_numpy", "__future__"}
+    assert roots(path) <= allowed | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", CPU_KERNELS, ids=lambda p: p.name)
+def test_the_cpu_kernels_know_nothing_of_the_product(path: Path) -> None:
+    allowed = {"numpy", "tinygrad", "qwen3_tg_cpu", "__future__"}
     assert roots(path) <= allowed | set(sys.stdlib_module_names)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import sqlite3
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,17 @@ class Library:
         self._fields[0], self._fields[_THREADS_AT] = self._program.addr, self._threads
 
 
+@cache
 def compiled(text: str) -> bytes:
     """An object file of a C text, from tinygrad's cache of compiled kernels where it is there."""
     from tinygrad.device import Device
 
     device: Any = Device["CPU"]
-    code: bytes = device.renderer.compiler.compile_cached(text)
+    compiler = device.renderer.compiler
+    try:
+        code: bytes = compiler.compile_cached(text)
+    except sqlite3.ProgrammingError:  # the cache was opened by another thread, and is for that one
+        code = compiler.compile(text)
     return code
 
 

@@ -62,7 +62,7 @@ def test_every_round_is_measured() -> None:
     assert len(found.prefill.rounds) == len(found.decode.rounds) == 2
     assert min(*found.prefill.rounds, *found.decode.rounds) > 0
     config = open_checkpoint("tiny").config
-    one = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
+    one = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
     assert found.cache_bytes == 7 * one
 
 

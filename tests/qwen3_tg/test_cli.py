@@ -104,7 +104,7 @@ class TestGenerate:
     ) -> None:
         assert main(["-v", "--seed", "5", SUM]) == 0
         err = capsys.readouterr().err
-        assert "device CPU (set by DEV), float32; loaded in" in err
+        assert "device CPU (set by DEV), float32, fast kernels on" in err
         assert "thinking 27, answer 4; first token after" in err
         assert "ended by stop; seed 5" in err
 
@@ -372,7 +372,7 @@ class TestChat:
     ) -> None:
         shown: list[str] = []
 
-        def break_off(pieces: Iterator[Piece], show: Callable[[Piece], None]) -> None:
+        def break_off(pieces: Iterator[Piece], show: Callable[[Piece], None], llm: object) -> None:
             for piece in pieces:
                 show(piece)
                 shown.append(piece.text if isinstance(piece, Text) else "")
@@ -392,11 +392,11 @@ class TestChat:
     ) -> None:
         stream, calls = terminal.stream, []
 
-        def break_off(pieces: object, show: object) -> None:
+        def break_off(pieces: object, show: object, llm: object) -> None:
             calls.append(1)
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            stream(pieces, show)  # type: ignore[arg-type]
+            stream(pieces, show, llm)  # type: ignore[arg-type]
 
         monkeypatch.setattr(terminal, "stream", break_off)
         monkeypatch.setattr(sys, "stdin", Stdin(f"{SUM}\nhi\nnow add 12\n".encode()))

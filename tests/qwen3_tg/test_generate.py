@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import Context
 
 import qwen3_tg
-from qwen3_tg import kv_sizes
+from qwen3_tg import device, kv_sizes
 from qwen3_tg.errors import ContextError, DeviceError, UsageError
+from qwen3_tg.forward import Fast
 from qwen3_tg.generate import Engine, Generation
 from qwen3_tg.sampling import Sampling
 
@@ -21,13 +23,22 @@ GOLDEN_NAME = "untied_bfloat16"
 GREEDY = Sampling(temperature=0)
 
 
-def new_engine(context: int | None = None) -> Engine:
-    return qwen3_tg.load(str(load_golden(GOLDEN_NAME).path), context=context)._engine
+def new_engine(kernels: str, context: int | None = None) -> Engine:
+    """With chunks of 32 positions."""
+    path = str(load_golden(GOLDEN_NAME).path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_PREFILL_CHUNK_FAST", 32)
+        return qwen3_tg.load(path, context=context, kernels=kernels)._engine
+
+
+@pytest.fixture(scope="module", params=["generic", "exact"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return new_engine()
+def engine(kernels: str) -> Engine:
+    return new_engine(kernels)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +101,10 @@ def test_two_generations_may_take_turns(engine: Engine, ids: list[int]) -> None:
     assert [list(column) for column in zip(*together, strict=True)] == alone
 
 
-def test_threads_may_share_an_engine(engine: Engine, ids: list[int], expected: np.ndarray) -> None:
-    other = new_engine()
+def test_threads_may_share_an_engine(
+    engine: Engine, ids: list[int], expected: np.ndarray, kernels: str
+) -> None:
+    other = new_engine(kernels)
 
     def run(n: int) -> np.ndarray:
         return [engine, other][n % 2].next_logits(ids[: 40 + n])
@@ -138,8 +151,10 @@ def test_a_step_that_breaks_off_leaves_no_trace(
     assert_close(engine.next_logits(ids), expected[-1], FLOAT32_TOLERANCE)
 
 
-def test_captured_graphs_equal_uncaptured_ones(ids: list[int], expected: np.ndarray) -> None:
-    engine = new_engine()
+def test_captured_graphs_equal_uncaptured_ones(
+    ids: list[int], expected: np.ndarray, kernels: str
+) -> None:
+    engine = new_engine(kernels)
     with Context(JIT=0):
         first = engine.next_logits(ids[:40])
         second = engine.next_logits(ids[:41])
@@ -157,11 +172,11 @@ def test_no_length_is_compiled_anew(engine: Engine, ids: list[int]) -> None:
 
 
 def test_a_cache_that_grows_keeps_what_it_holds(
-    ids: list[int], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ids: list[int], expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, kernels: str
 ) -> None:
     monkeypatch.setattr(kv_sizes, "FIRST_STEP", 40)
     monkeypatch.setattr(kv_sizes, "GROWTH", 2)
-    engine = new_engine()
+    engine = new_engine(kernels)
     assert engine._cache.capacity == 40
     assert_close(engine.next_logits(ids[:5]), expected[4], FLOAT32_TOLERANCE)
     assert engine._cache.capacity == 40
@@ -181,9 +196,10 @@ def test_a_growth_that_breaks_off_leaves_the_cache_as_it_was(
     name: str,
     at: int,
     error: type[BaseException],
+    kernels: str,
 ) -> None:
     monkeypatch.setattr(kv_sizes, "FIRST_STEP", 64)
-    engine = new_engine()
+    engine = new_engine(kernels)
     engine.next_logits(ids[:20])
     real, calls = getattr(Tensor, name), []
 
@@ -202,8 +218,8 @@ def test_a_growth_that_breaks_off_leaves_the_cache_as_it_was(
     assert engine._cache.capacity == 160
 
 
-def test_generation_ends_where_the_context_is_full(ids: list[int]) -> None:
-    engine = new_engine(context=45)
+def test_generation_ends_where_the_context_is_full(ids: list[int], kernels: str) -> None:
+    engine = new_engine(kernels, context=45)
     generation = Generation(engine, ids[:40], None, GREEDY, ())
     assert len(list(generation)) == 5
     assert generation.stop_reason == "context"
@@ -213,8 +229,11 @@ def test_generation_ends_where_the_context_is_full(ids: list[int]) -> None:
         engine.all_logits(ids[:46])
 
 
-def test_the_last_position_of_a_full_context_is_right(ids: list[int], expected: np.ndarray) -> None:
-    assert_close(new_engine(context=90).next_logits(ids), expected[-1], FLOAT32_TOLERANCE)
+def test_the_last_position_of_a_full_context_is_right(
+    ids: list[int], expected: np.ndarray, kernels: str
+) -> None:
+    engine = new_engine(kernels, context=90)
+    assert_close(engine.next_logits(ids), expected[-1], FLOAT32_TOLERANCE)
 
 
 def test_generation_stops_at_a_stop_id_and_does_not_give_it(engine: Engine) -> None:
@@ -268,8 +287,12 @@ def test_impossible_ids_are_refused(engine: Engine, bad: list[int]) -> None:
         engine.next_logits(bad)
 
 
-def test_logits_that_are_not_finite_are_an_error_and_no_token(ids: list[int]) -> None:
-    engine = new_engine()
-    engine.model.norm.weight = engine.model.norm.weight * float("nan")
+def test_logits_that_are_not_finite_are_an_error_and_no_token(ids: list[int], kernels: str) -> None:
+    engine = new_engine(kernels)
+    norm = engine.forward.model.norm
+    bad = np.full(norm.weight.shape, 0x7FC0, dtype=np.uint16)  # of bfloat16
+    norm.weight = replace(norm.weight, arrays={"data": Tensor(bad, device="CPU").realize()})
+    if isinstance(engine.forward, Fast):
+        engine.forward = Fast(engine.forward.model, engine.forward.kernels)
     with pytest.raises(DeviceError, match="not finite"):
         engine.next_logits(ids[:3])

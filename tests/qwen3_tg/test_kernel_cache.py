@@ -16,7 +16,7 @@ from qwen3_tg.kernel_cache import KernelCache
 CODE = """
 import time, qwen3_tg
 from tinygrad.codegen import to_program_cache
-llm = qwen3_tg.load("tiny", device="CPU")
+llm = qwen3_tg.load("tiny", device="CPU", kernels="generic")
 before = len(to_program_cache)
 print([*llm.generate_ids([1, 2, 3], 3, stop_ids=())])
 print(len(to_program_cache) - before)

@@ -99,7 +99,7 @@ def test_a_wished_context_gives_the_logits_of_the_same_yarn_in_config_json(tmp_p
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": native}))
     ids = np.random.default_rng(0).integers(0, raw["vocab_size"], 96).tolist()
-    llm = qwen3_tg.load(str(folder), context=96)
+    llm = qwen3_tg.load(str(folder), dtype="float32", context=96)
     assert llm.context == 96
     assert llm.config.yarn == Yarn.of(3.0, native)
     assert any("YaRN factor 3" in note for note in llm.checkpoint.notes)
