@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,13 @@ _MEMINFO = Path("/proc/meminfo")
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _SOFTWARE_CL = ("pocl", "llvmpipe", "cpu")  # OpenCL drivers that are the CPU, only slower
 _WITHOUT_MEMORY_PLANNER = ("CL", "WEBGPU")  # tinygrad's schedule/memory.py: they have no views
+_SYS = Path("/sys")
+# Of what Linux shows as hardware: files of the driver, PCI's number of the maker, and USB's.
+_HARDWARE: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "AMD": (("/dev/kfd",), "0x1002", "add1"),
+    "NV": (("/dev/nvidiactl",), "0x10de", ""),
+    "QCOM": (("/dev/kgsl-3d0",), "", ""),
+}
 _MISSING = {
     "METAL": "only on macOS with Apple Silicon or an AMD GPU",
     "AMD": "no AMD GPU with the amdgpu kernel driver (/dev/kfd) found",
@@ -341,6 +348,8 @@ def _problem(name: str) -> str | None:
     family = _family(name)
     if family == "METAL" and sys.platform != "darwin":
         return _MISSING["METAL"]
+    if not _is_plugged_in(family):
+        return _MISSING[family]
     if family == "CPU" and compiler.find_compiler() is None:
         return f"no C compiler that tinygrad can use; {compiler.HOW_TO_GET}"
     try:
@@ -354,6 +363,40 @@ def _problem(name: str) -> str | None:
     except Exception as e:
         return f"a test kernel failed: {_one_line(e)}"
     return None if right else "a test kernel gave wrong numbers"
+
+
+def _is_plugged_in(family: str) -> bool:
+    """False where Linux knows of no such hardware: to ask tinygrad takes tenths of a second for
+    each kind, which it spends on importing its drivers."""
+    if sys.platform != "linux" or family not in _HARDWARE:
+        return True
+    files, vendor, usb = _HARDWARE[family]
+    if any(Path(file).exists() for file in files):
+        return True
+    found = [*_read_all("bus/pci/devices/*/vendor"), *_read_all("bus/usb/devices/*/idVendor")]
+    return not _SYS.exists() or vendor in found or (usb in found if usb else False)
+
+
+def _read_all(pattern: str) -> list[str]:
+    texts = []
+    for path in _SYS.glob(pattern):
+        with contextlib.suppress(OSError):
+            texts.append(path.read_text().strip())
+    return texts
+
+
+@contextlib.contextmanager
+def as_default(name: str) -> Iterator[None]:
+    """tinygrad's default device, where the user set none with DEV: or else tinygrad looks for one,
+    in all there are, whenever something has no device of its own."""
+    from tinygrad import helpers
+
+    if helpers.DEV.device:
+        yield
+        return
+    context: Any = helpers.Context
+    with context(DEV=name):
+        yield
 
 
 def _native_formats(name: str) -> frozenset[str]:

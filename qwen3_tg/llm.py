@@ -7,9 +7,11 @@ parser) stands around it.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -66,11 +68,26 @@ def load(
 
     Sets the environment variables CC, CACHEDB and PARALLEL of this process where tinygrad needs
     it. Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
-    checkpoint = open_checkpoint(str(model))
-    config, context, remark = checkpoint.config.with_context(context)
-    notes = (*checkpoint.notes, remark) if remark else checkpoint.notes
-    policy = devices.choose(device, dtype, kv_dtype, kernels, threads)
-    return LLM(replace(checkpoint, config=config, notes=notes), policy, context, on_progress)
+    with _collecting_later():
+        checkpoint = open_checkpoint(str(model))
+        config, context, remark = checkpoint.config.with_context(context)
+        notes = (*checkpoint.notes, remark) if remark else checkpoint.notes
+        policy = devices.choose(device, dtype, kv_dtype, kernels, threads)
+        return LLM(replace(checkpoint, config=config, notes=notes), policy, context, on_progress)
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Python looks for garbage again and again while a vocabulary's 300,000 strings are made: a
+    tenth of the time to the first token."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class LLM:
@@ -90,7 +107,7 @@ class LLM:
         self.tokenizer: Tokenizer | None = None
         if checkpoint.tokenizer:
             self.tokenizer = Tokenizer(checkpoint.tokenizer, str(checkpoint.path))
-        if self.tokenizer and self.tokenizer.size > self.config.vocab_size:
+        if self.tokenizer and self.tokenizer.has_ids_from(self.config.vocab_size):
             raise CheckpointError(
                 f"{checkpoint.path}: its tokenizer has {self.tokenizer.size} tokens, but the model "
                 f"only {self.config.vocab_size}: it is the tokenizer of another model"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 
+from qwen3_tg.device import as_default
 from qwen3_tg.forward import Forward
 from qwen3_tg.kv_cache import KVCache
 
@@ -25,6 +26,7 @@ class StepGraph:
 
     def __init__(self, forward: Forward, cache: KVCache, device: str, S: int, every: bool):
         self._forward, self._S, self._capacity = forward, S, cache.capacity
+        self._device = device
         self._ids = Tensor.empty(1, S, dtype=dtypes.int32, device=device).realize()
         self._at = Tensor.empty(2, dtype=dtypes.int32, device=device).realize()
 
@@ -39,7 +41,9 @@ class StepGraph:
         ids[: len(new)] = new
         _write(self._ids, ids)
         _write(self._at, np.array([start, len(new)], dtype=np.int32))
-        logits = self._step(*self._forward.symbols(start, len(new), self._S, self._capacity))
+        symbols = self._forward.symbols(start, len(new), self._S, self._capacity)
+        with as_default(self._device):
+            logits = self._step(*symbols)
         return _read(logits)
 
 

@@ -46,6 +46,14 @@ class Tokenizer:
         """One more than the highest id."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def has_ids_from(self, limit: int) -> bool:
+        """Whether an id of `limit` or more has a token. Unlike `size`, which lists them all, it
+        looks a few thousand ids ahead, which no tokenizer leaves out."""
+        if self.vocab_size > limit or any(id >= limit for id in self.added_tokens.values()):
+            return True
+        ahead = range(limit, limit + 4096)
+        return any(self._tokenizer.id_to_token(id) is not None for id in ahead)
+
     def encode(self, text: str, plain: bool = False) -> list[int]:
         """Ids of a text, none added around it. Special tokens in the text act as such, unless
         `plain`, where `<|im_end|>` is nothing but ten characters. Raises UsageError for a text that
