@@ -152,7 +152,11 @@ def _choose_kernels(name: str, dtype: str | None, asked: str | None, threads: in
         )
     if threads is not None and (not suits or asked == "generic"):
         raise UsageError("threads can be chosen for the CPU's own kernels alone")
-    if asked == "generic" or not suits or _cpu_kernels(threads, exact=False) is None:
+    if asked == "generic" or not suits:
+        return "generic"
+    if _cpu_kernels(threads, exact=False) is None:
+        if asked:
+            raise DeviceError(f"the CPU's {asked} kernels do not work here; leave --kernels away")
         return "generic"
     return asked or ("fast" if dtype is None else "exact")
 

@@ -21,6 +21,7 @@ MAX_THREADS = 256
 _POOL_BYTES = 1 << 16  # more than the struct Pool, which is checked by the program
 _THREADS_AT = 1  # the second of its 8-byte fields
 _LINE = 128
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def source() -> str:
@@ -99,7 +100,7 @@ def physical_cores() -> int:
         return os.cpu_count() or 1
     cores = set()
     for cpu in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        topology = _TOPOLOGY / f"cpu{cpu}" / "topology"
         try:
             ids = tuple(
                 (topology / name).read_text() for name in ("physical_package_id", "core_id")
