@@ -34,7 +34,7 @@ class Weight:
     shape: tuple[int, ...]
     arrays: Mapping[str, Tensor]
     params: Mapping[str, int]
-    mapped: tuple[np.ndarray, ...] = ()  # parts of files that must stay while the arrays are used
+    shared: tuple[np.ndarray, ...] = ()  # memory that must stay as long as the arrays are used
 
     def values(self) -> Tensor:
         """What it stands for, as an expression: float32, or float16 where the device has it."""
@@ -63,26 +63,26 @@ def to_device(
     """Copy a weight to the device, and let go of the file's pages. `native` are the float formats
     that the device computes with. Realised.
 
-    `shared`: the device reads the host's memory at any address, so what lies in a mapped file is
-    used where it is and read when it is first needed."""
+    `shared`: the device reads the host's memory at any address, so weights are used where they
+    are, in a mapped file that is read when it is first needed."""
     packed = unpack(stored) if stored.format in TABLE_BLOCKS else stored
-    arrays, mapped = {}, []
+    arrays, kept = {}, []
     for name, array in packed.arrays.items():
         lacks_half = array.dtype == np.float16 and "float16" not in native
         host = array.view(np.int16) if lacks_half else array
         if not host.flags.c_contiguous:
             host = np.ascontiguousarray(host)
-        if shared and isinstance(host, np.memmap):
+        if shared:
             dtype = getattr(dtypes, host.dtype.name)
             arrays[name] = Tensor.from_blob(
                 host.ctypes.data, host.shape, dtype=dtype, device=device
             )
-            mapped.append(host)
+            kept.append(host)
         else:
             arrays[name] = Tensor(np.asarray(host), device=device).realize()
-    if not mapped:
+    if not shared:
         stored.release()
-    return Weight(packed.format, packed.shape, arrays, packed.params, tuple(mapped))
+    return Weight(packed.format, packed.shape, arrays, packed.params, tuple(kept))
 
 
 class Linear:

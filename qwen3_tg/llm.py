@@ -92,8 +92,8 @@ def _collecting_later() -> Iterator[None]:
 
 class LLM:
     """A loaded model. `config` is its shape, `tokenizer` None where the checkpoint has none,
-    `policy` says which device it runs on and in which types, `mapped_bytes` how much of the weights
-    is used where it lies in a mapped file."""
+    `policy` says which device it runs on and in which types, `shared_bytes` how much of the weights
+    is used where it lies in the host's memory, such as a mapped file."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class LLM:
                 f"{checkpoint.path}: its tokenizer has {self.tokenizer.size} tokens, but the model "
                 f"only {self.config.vocab_size}: it is the tokenizer of another model"
             )
-        self._engine, self.mapped_bytes = _start_engine(checkpoint, policy, context, on_progress)
+        self._engine, self.shared_bytes = _start_engine(checkpoint, policy, context, on_progress)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -146,9 +146,9 @@ class LLM:
 
     @property
     def bytes_besides(self) -> int:
-        """Bytes that the model has besides what tinygrad allocated: `mapped_bytes`, and the scratch
+        """Bytes that the model has besides what tinygrad allocated: `shared_bytes`, and the scratch
         of a device's own kernels."""
-        return self.mapped_bytes + self._engine.forward.scratch_bytes
+        return self.shared_bytes + self._engine.forward.scratch_bytes
 
     @property
     def on_kernels(self) -> Callable[[int, int], None] | None:
@@ -373,7 +373,7 @@ def _start_engine(
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Engine, int]:
     """Put the weights on the device, one at a time, and build the model around them. Also gives the
-    bytes of weights that stayed in their mapped file."""
+    bytes of weights that are used where they lie."""
     from tinygrad import Tensor
 
     from qwen3_tg.forward import Fast, Lowered
@@ -405,5 +405,5 @@ def _start_engine(
     model = Qwen3(config, weights, rope, DTYPES[policy.dtype])
     kernels = devices.own_kernels(policy)
     forward = Fast(model, kernels) if kernels else Lowered(model)
-    mapped = sum(array.nbytes for weight in weights.values() for array in weight.mapped)
-    return Engine(config, forward, policy, context, programs), mapped
+    used_there = sum(array.nbytes for weight in weights.values() for array in weight.shared)
+    return Engine(config, forward, policy, context, programs), used_there

@@ -57,7 +57,7 @@ def loaded_report(llm: LLM) -> str:
     plan, device = plan_of(llm), llm.policy.device
     return (
         f"memory of {device}: planned {plan.weights_bytes:,} bytes of weights and "
-        f"{plan.rope_bytes:,} of rope table; taken {taken_bytes(llm):,}{_mapped(llm)}"
+        f"{plan.rope_bytes:,} of rope table; taken {taken_bytes(llm):,}{_shared(llm)}"
         f"{_peak()}"
     )
 
@@ -85,8 +85,8 @@ def _factor(llm: LLM) -> float:
     return load_factor(llm.policy) or 1.0
 
 
-def _mapped(llm: LLM) -> str:
-    return f" ({llm.mapped_bytes:,} of them in mapped files)" if llm.mapped_bytes else ""
+def _shared(llm: LLM) -> str:
+    return f" ({llm.shared_bytes:,} of them where the file is mapped)" if llm.shared_bytes else ""
 
 
 def _peak() -> str:

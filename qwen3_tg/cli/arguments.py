@@ -129,11 +129,7 @@ def _parser(command: str | None) -> _Parser:
 def _add_run(parser: _Parser) -> None:
     run = parser.add_argument_group("where it runs")
     _add_device(run)
-    run.add_argument(
-        "--kv-dtype",
-        choices=DTYPE_NAMES,
-        help="of the cache of keys and values; by default as --dtype, or float16 with fast kernels",
-    )
+    _add_kernels(run)
     run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
 
 
@@ -150,6 +146,14 @@ def _add_device(run: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
         metavar="N",
         help="most tokens of prompt and answer together; beyond what the model was made for, YaRN "
         "is switched on with the factor it takes",
+    )
+
+
+def _add_kernels(run: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    run.add_argument(
+        "--kv-dtype",
+        choices=DTYPE_NAMES,
+        help="of the cache of keys and values; by default as --dtype, or float16 with fast kernels",
     )
     run.add_argument(
         "--kernels",
@@ -265,16 +269,36 @@ def _add_quantize(parser: _Parser) -> None:
 
 
 def _add_bench(parser: _Parser) -> None:
-    parser.add_argument(
-        "model", nargs="?", default="tiny", metavar="MODEL", help="as --model elsewhere; tiny"
+    parser.description = (
+        "Measure how fast a model reads prompts and writes tokens, as llama-bench does. With\n"
+        "--shape its weights are random, so that nothing needs to be downloaded."
     )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="as --model elsewhere; tiny")
+    parser.add_argument("--shape", metavar="NAME", help="a released model's shape: Qwen3-8B")
+    parser.add_argument("--quant", metavar="Q", help="how --shape stores weights (default: bf16)")
     _add_device(parser)
-    counts = (("-p", 128, "tokens of the prompt"), ("-n", 32, "tokens to decode after it"))
-    for option, default, what in (*counts, ("-r", 3, "rounds, after one that is not counted")):
+    _add_kernels(parser)
+    counts = (
+        ("-p", "512", "tokens of the prompt"),
+        ("-n", "128", "tokens to decode, one by one"),
+        ("-d", "0", "tokens in the cache before that"),
+    )
+    for option, default, what in counts:
         parser.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{what} (default: {default})"
+            option, default=default, metavar="N", help=f"{what}; or several, 0,4096 ({default})"
         )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "-r", type=int, default=5, metavar="N", help="rounds, after one that is not counted (5)"
+    )
+    parser.add_argument(
+        "--no-first-token",
+        dest="first_token",
+        action="store_false",
+        help="leave away the time to the first token of a new process",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs, with every round")
+    form.add_argument("--csv", action="store_true", help="the same, a line a test")
 
 
 # Commands that take none of the options of a run.

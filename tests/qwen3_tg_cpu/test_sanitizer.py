@@ -1,4 +1,4 @@
-"""ThreadSanitizer watches the kernels' threads: it sees no race, and it sees one that is planted."""
+"""ThreadSanitizer watches the kernels' threads: it sees no race, and sees one that is planted."""
 
 from __future__ import annotations
 
