@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import GOLDEN
 from format_writers import random_model, write_mlx
 from tinygrad.helpers import GlobalCounters
 
 import qwen3_tg
-from qwen3_tg.bench import measure, token_bytes
+from qwen3_tg import device
+from qwen3_tg.bench.bandwidth import read_bandwidth
+from qwen3_tg.bench.measure import measure, token_bytes
+from qwen3_tg.bench.random_weights import checkpoint_of_config, random_checkpoint
 from qwen3_tg.checkpoint import open_checkpoint
 from qwen3_tg.cli import main
 from qwen3_tg.errors import UsageError
+from qwen3_tg.llm import LLM
+from qwen3_tg.plan.forms import FORMS, stored_as
+from qwen3_tg.plan.released import CONFIGS
 
 
 def mixture(path: Path, experts: int) -> Path:
@@ -26,7 +35,7 @@ def mixture(path: Path, experts: int) -> Path:
 
 def moved_by_a_decode_step(path: Path) -> int:
     """Bytes that the kernels of one decoded token read and write, by tinygrad's own count."""
-    engine = qwen3_tg.load(str(path))._engine
+    engine = qwen3_tg.load(str(path), kernels="generic")._engine
     engine.next_logits([1, 2, 3])
     engine.next_logits([1, 2, 3, 4])  # captures the graph
     GlobalCounters.reset()
@@ -57,28 +66,145 @@ def test_a_dense_tied_model_reads_every_weight() -> None:
     assert token_bytes(checkpoint.config, checkpoint.weights) == everything
 
 
-def test_every_round_is_measured() -> None:
-    found = measure(qwen3_tg.load("tiny"), prompt_tokens=5, new_tokens=4, rounds=2)
-    assert len(found.prefill.rounds) == len(found.decode.rounds) == 2
-    assert min(*found.prefill.rounds, *found.decode.rounds) > 0
-    config = open_checkpoint("tiny").config
+@pytest.fixture(scope="module")
+def tiny() -> LLM:
+    return qwen3_tg.load("tiny")
+
+
+def test_every_test_is_measured_at_every_depth(tiny: LLM) -> None:
+    said: list[str] = []
+    found = measure(tiny, [5, 0], [4], [0, 30], 2, said.append)
+    assert [row.name for row in found] == ["pp5", "tg4", "pp5 @ d30", "tg4 @ d30"]
+    assert all(len(row.rounds) == 2 and min(row.rounds) > 0 for row in found)
+    assert said[1] == "pp5, round 1 of 2" and len(said) == 12
+    config = tiny.config
     one = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
-    assert found.cache_bytes == 7 * one
+    weights = token_bytes(config, tiny.checkpoint.weights)
+    assert [row.bytes_per_token - weights for row in found[1::2]] == [2 * one, 32 * one]
+    assert found[1].bytes_per_s == pytest.approx(found[1].median * (weights + 2 * one))
 
 
-@pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (2000, 48, 1)])
-def test_impossible_counts_are_refused(counts: tuple[int, int, int]) -> None:
+def test_what_is_before_a_depth_is_read_once(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, steps = tiny._engine._run, []
+
+    def counted(kind: str, new: list[int], start: int) -> Any:
+        steps.append((kind, len(new), start))
+        return run(kind, new, start)
+
+    monkeypatch.setattr(tiny._engine, "_run", counted)
+    measure(tiny, [40], [], [50], 3)
+    assert steps[0] == ("prefill", 50, 0)
+    assert [step for step in steps if step[1] == 40] == [("prefill", 40, 50)] * 4
+    assert len([step for step in steps if step[2] == 0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "news", "depths", "rounds"),
+    [
+        *[([-1], [1], [0], 1), ([1], [-1], [0], 1), ([1], [1], [-1], 1), ([1], [1], [0], 0)],
+        *[([0], [0], [0], 1), ([2050], [1], [0], 1), ([1], [1], [2050], 1)],
+    ],
+)
+def test_impossible_counts_are_refused(
+    tiny: LLM, prompts: list[int], news: list[int], depths: list[int], rounds: int
+) -> None:
     with pytest.raises(UsageError):
-        measure(qwen3_tg.load("tiny"), *counts)
+        measure(tiny, prompts, news, depths, rounds)
 
 
-def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(GOLDEN / "moe_bfloat16")
-    assert main(["bench", path, "-p", "4", "-n", "2", "-r", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{path} on CPU in float32, 1 rounds"
-    assert main(["bench", path, "-p", "4", "-n", "2", "-r", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["weight_bytes_per_token"] < found["weight_bytes"]
-    expected = f"{found['weight_bytes_per_token']:,} of {found['weight_bytes']:,} bytes"
-    assert lines[3].endswith(expected)
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
+@pytest.mark.parametrize("mixture", [False, True], ids=["dense", "mixture"])
+@pytest.mark.parametrize("form", FORMS)
+def test_random_weights_of_every_form_give_finite_logits(form: str, mixture: bool) -> None:
+    config = replace(CONFIGS["Qwen3-30B-A3B" if mixture else "Qwen3-0.6B"], **SMALL)
+    if mixture:
+        config = replace(config, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256)
+    checkpoint = checkpoint_of_config(config, form, "small")
+    stored = stored_as(config, form)
+    for name, weight in checkpoint.weights.items():
+        assert weight.nbytes == stored[name].nbytes
+        for key, array in weight.arrays.items():
+            assert (array.shape, array.dtype) == (
+                stored[name].arrays[key].shape,
+                stored[name].arrays[key].dtype,
+            )
+    llm = LLM(checkpoint, device.choose(), 100)
+    logits = llm.logits([1, 2, 3])
+    assert 1e-3 < logits.std() < 100
+    assert len(list(llm.generate_ids([1, 2], 3, stop_ids=()))) == 3
+
+
+def test_random_weights_take_no_memory_before_they_are_asked_for() -> None:
+    checkpoint = random_checkpoint("Qwen/Qwen3-32B", "Q4_0")
+    assert 18e9 < sum(w.device_bytes for w in checkpoint.weights.values()) < 19e9
+    assert checkpoint.config == CONFIGS["Qwen3-32B"]
+    norm = checkpoint.weights["model.norm.weight"].arrays["data"]
+    assert norm.shape == (5120,) and (norm == 1).all()
+
+
+def test_memory_is_faster_than_a_disk_and_slower_than_a_cache() -> None:
+    assert 1e9 < read_bandwidth(device.choose("CPU")) < 2e12
+
+
+class TestCommand:
+    def run(self, capsys: pytest.CaptureFixture[str], line: str) -> str:
+        assert main(["bench", *line.split()]) == 0
+        return capsys.readouterr().out
+
+    def test_a_table(self, capsys: pytest.CaptureFixture[str]) -> None:
+        out = self.run(capsys, "-p 8 -n 4 -r 2 -d 0,20")
+        assert out.startswith("tiny: 2,174,336 bytes of weights\nCPU, float32, fast kernels, ")
+        rows = re.findall(r"^\| (\S.*?) \| (\d+\.\d\d) \| .*\|$", out, re.MULTILINE)
+        assert [name for name, _ in rows] == ["pp8", "tg4", "pp8 @ d20", "tg4 @ d20"]
+        assert all(len(line.split("|")) == 8 for line in out.splitlines() if line[:1] == "|")
+        assert re.search(r"measured just now: [\d.]+ GB/s", out)
+        cold, warm = re.findall(r"([\d.]+) s cold, ([\d.]+) s warm", out)[0]
+        assert float(cold) > float(warm) > 0
+
+    def test_json_and_csv(self, capsys: pytest.CaptureFixture[str]) -> None:
+        options = "-p 8 -n 4 -r 2 --no-first-token"
+        report = json.loads(self.run(capsys, f"{options} --json --threads 1"))
+        assert report["threads"] == 1 and report["kernels"] == "fast"
+        assert report["first_token_cold_s"] is None
+        assert [test["kind"] for test in report["tests"]] == ["prefill", "decode"]
+        assert len(report["tests"][0]["rounds_tokens_per_s"]) == 2
+        decode = report["tests"][1]
+        share = decode["bytes_per_s"] / report["bandwidth_bytes_per_s"]
+        assert decode["of_bandwidth"] == pytest.approx(share)
+        lines = list(csv.DictReader(self.run(capsys, f"{options} --csv").splitlines()))
+        assert [line["test"] for line in lines] == ["pp8", "tg4"]
+        assert lines[0]["bytes_per_token"] == "" and float(lines[1]["tokens_per_s"]) > 0
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("tiny --shape Qwen3-8B", "give a MODEL or --shape, not both"),
+            ("--quant q4_0", "--quant is for --shape"),
+            ("--shape Qwen9", "unknown shape 'Qwen9'; known: Qwen3-0.6B"),
+            ("--shape Qwen3-8B --quant q9", "unknown quantisation 'q9'"),
+            ("-d 9000", "9514 tokens do not fit in the context of 2048; --context 9514"),
+            ("-p x", "-p must be a number, or several as 0,4096; found 'x'"),
+            ("-p 0 -n 0", "nothing to measure"),
+            ("-r 0", "-r must be at least 1"),
+            ("--json --csv", "not allowed with argument --json"),
+        ],
+    )
+    def test_what_cannot_be_is_one_error(
+        self, capsys: pytest.CaptureFixture[str], line: str, message: str
+    ) -> None:
+        assert main(["bench", *line.split()]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and message in err
+        assert [part for part in err.splitlines() if part.startswith("error: ")] == [
+            err.splitlines()[-1]
+        ]
