@@ -110,7 +110,8 @@ static void *call(void *argument) {
 int main(int count, char **arguments) {
     pool = aligned_alloc(CACHE_LINE, (sizeof *pool + CACHE_LINE) / CACHE_LINE * CACHE_LINE);
     memset(pool, 0, sizeof *pool);
-    pool->threads = count > 1 ? atoi(arguments[1]) : 4;
+    pool->wanted = count > 1 ? atoi(arguments[1]) : 4;
+    run(pool, 0);  // before there are two callers
     Model *models = malloc(2 * sizeof *models);
     void *other;
     make(&models[0]), make(&models[1]);

@@ -39,6 +39,8 @@ def main() -> None:
         for start in ("first", "second"):
             code, out, err = run(environment, folder, QUESTION)
             expect(f"the {start} answer is right", (code, out) == (0, ANSWER), out + err)
+        _, _, err = run(environment, folder, "-v", *QUESTION.split(" "))
+        expect("the CPU's own kernels are used", "fast kernels on" in err, err)
         code, out, err = run(environment, folder, "devices")
         expect("devices marks the CPU", code == 0 and "* CPU" in out, out + err)
         code = "import qwen3_tg_numpy, sys; sys.exit('tinygrad' in sys.modules)"
@@ -49,8 +51,10 @@ def main() -> None:
 def check_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    expect("the wheel holds our packages alone", tops == {"qwen3_tg", "qwen3_tg_numpy"}, str(tops))
-    for name in ("qwen3_tg/tiny/model.safetensors", "qwen3_tg/py.typed"):
+    ours = {"qwen3_tg", "qwen3_tg_cpu", "qwen3_tg_numpy"}
+    expect("the wheel holds our packages alone", tops == ours, str(tops))
+    files = ("qwen3_tg/tiny/model.safetensors", "qwen3_tg/py.typed", "qwen3_tg_cpu/steps.c")
+    for name in files:
         expect(f"the wheel holds {name}", name in names)
 
 

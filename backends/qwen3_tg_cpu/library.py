@@ -18,10 +18,11 @@ import numpy as np
 
 SOURCES = ("threads.c", "vectors.c", "types.c", "products.c", "attention.c", "steps.c")
 MAX_THREADS = 256
-_POOL_BYTES = 1 << 16  # more than the struct Pool, which is checked by the program
-_THREADS_AT = 1  # the second of its 8-byte fields
+_POOL_BYTES = 1 << 16  # threads.c checks that the struct Pool is no larger
+_WANTED = 1  # the second of its 8-byte fields
 _LINE = 128
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of each so many microseconds
 
 
 def source() -> str:
@@ -47,7 +48,8 @@ class Library:
         self._fields = self._memory[start : start + _POOL_BYTES].view(np.int64)
         self._threads = physical_cores()
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._reset)
         atexit.register(self.stop)
 
     @property
@@ -57,10 +59,8 @@ class Library:
 
     def use(self, threads: int) -> None:
         """Compute on so many threads from now on, for all models of this process."""
-        if threads != self._threads:
-            self.stop()
-            self._threads = min(threads, MAX_THREADS)
-            self._fields[_THREADS_AT] = self._threads
+        self._threads = min(threads, MAX_THREADS)
+        self._fields[_WANTED] = self._threads
 
     def stop(self) -> None:
         """End all helping threads; the next kernel starts them again."""
@@ -69,7 +69,8 @@ class Library:
     def _reset(self) -> None:
         """As new: a forked child has none of its parent's threads."""
         self._fields[:] = 0
-        self._fields[0], self._fields[_THREADS_AT] = self._program.addr, self._threads
+        self._fields[0], self._fields[_WANTED] = self._program.addr, self._threads
+        self.stop()
 
 
 @cache
@@ -93,11 +94,24 @@ def library() -> Library:
 
 
 def physical_cores() -> int:
-    """Cores this process may use, counted once where two hardware threads share one."""
+    """Cores this process may use, counted once where two hardware threads share one, and no more
+    than a container's share of time is worth."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # macOS: no affinity, and one hardware thread a core
         return os.cpu_count() or 1
+    return max(1, min(_cores_of(allowed), _container_share()))
+
+
+def _container_share() -> int:
+    try:
+        quota, period = _CPU_LIMIT.read_text().split()
+        return -(-int(quota) // int(period))
+    except (OSError, ValueError):  # not in one, or "max"
+        return MAX_THREADS
+
+
+def _cores_of(allowed: set[int]) -> int:
     cores = set()
     for cpu in allowed:
         topology = _TOPOLOGY / f"cpu{cpu}" / "topology"
@@ -108,4 +122,4 @@ def physical_cores() -> int:
         except OSError:
             return len(allowed)
         cores.add(ids)
-    return max(1, len(cores))
+    return len(cores)

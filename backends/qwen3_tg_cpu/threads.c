@@ -41,11 +41,11 @@ typedef struct {
     i64 room_bytes;
 } Helper;
 
-// Zeroed by whoever makes it but for the first two, which library.py sets.
+// Zeroed by whoever makes it, but for the first two numbers.
 struct Pool {
-    u64 entry;    // address of qwen3_tg_cpu(), for the kernels
-    i64 threads;  // with the calling one
-    i64 started;
+    u64 entry;   // address of qwen3_tg_cpu(), for the kernels
+    i64 wanted;  // threads, with the calling one, from the next job on
+    i64 threads, started, ready;
     __attribute__((aligned(CACHE_LINE))) u64 caller[32], mutex[32], cond[32];
     __attribute__((aligned(CACHE_LINE))) u32 generation;  // counts jobs
     u32 sleeping, stop;
@@ -55,6 +55,7 @@ struct Pool {
     __attribute__((aligned(CACHE_LINE))) const u64 *args;
     Helper helpers[MAX_THREADS];
 };
+_Static_assert(sizeof(Pool) <= 1 << 16, "library.py gives it _POOL_BYTES");
 
 static void run(Pool *pool, const u64 *args);
 static void work(Pool *pool, int thread, const u64 *args);
@@ -130,17 +131,15 @@ static void wake(Pool *pool) {
 
 // Threads that the system refuses are done without.
 static void start(Pool *pool) {
-    pthread_mutex_init(pool->mutex, 0);
-    pthread_cond_init(pool->cond, 0);
     pool->started = 1;
     for (i64 n = 1; n < pool->threads; n++) {
         pool->helpers[n].pool = pool, pool->helpers[n].number = n;
         if (pthread_create(&pool->helpers[n].thread, 0, helper, &pool->helpers[n]))
-            pool->threads = n;
+            pool->threads = pool->wanted = n;
     }
 }
 
-// End all helpers. Called by Python before the process ends or the number of threads changes.
+// End all helpers.
 static void stop(Pool *pool) {
     if (!pool->started) return;
     STORE(&pool->stop, 1);
@@ -151,17 +150,26 @@ static void stop(Pool *pool) {
     pool->started = 0;
 }
 
-// What every kernel's entry calls: do a job on all threads and return when it is done.
+// What every kernel calls: do a job on all threads and return when it is done. Without args: end the
+// helpers, which start again when there is work. Python calls it so once, before there can be two
+// callers, and before the process ends.
 static void run(Pool *pool, const u64 *args) {
-    pthread_mutex_lock(pool->caller);  // two models may compute at once
-    if (args == 0) {
-        stop(pool);
-        pthread_mutex_unlock(pool->caller);
-        return;
+    if (!pool->ready) {
+        pthread_mutex_init(pool->caller, 0);
+        pthread_mutex_init(pool->mutex, 0);
+        pthread_cond_init(pool->cond, 0);
+        pool->ready = 1;
     }
-    if (!pool->started) start(pool);
-    pool->args = args;
-    if (pool->threads > 1) wake(pool);
-    work(pool, 0, args);  // ends with a barrier, so all are done
+    pthread_mutex_lock(pool->caller);  // two models may compute at once
+    if (args == 0 || pool->threads != pool->wanted) {
+        stop(pool);
+        pool->threads = pool->wanted;
+    }
+    if (args) {
+        if (!pool->started) start(pool);
+        pool->args = args;
+        if (pool->threads > 1) wake(pool);
+        work(pool, 0, args);  // ends with a barrier, so all are done
+    }
     pthread_mutex_unlock(pool->caller);
 }

@@ -86,6 +86,19 @@ def test_two_threads_of_a_core_count_once(
     assert library.physical_cores() == cores
 
 
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("", 8)]
+)
+def test_a_container_has_no_more_cores_than_its_share(
+    limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(library, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(library, "_TOPOLOGY", tmp_path)  # unknown
+    monkeypatch.setattr(library.os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert library.physical_cores() == cores
+
+
 @pytest.fixture(scope="module")
 def both() -> dict[str, LLM]:
     return {kernels: qwen3_tg.load("tiny", kernels=kernels) for kernels in ("fast", "generic")}
