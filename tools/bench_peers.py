@@ -433,8 +433,7 @@ class Bench:
 
     def _rounds(self, program: Program) -> int:
         o = self.options
-        rounds: int = min(o.slow_rounds, o.rounds) if program.slow else o.rounds
-        return rounds
+        return int(min(o.slow_rounds, o.rounds) if program.slow else o.rounds)
 
     def _count(self) -> int:
         """How many timings the run has, of any length."""
