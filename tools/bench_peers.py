@@ -438,7 +438,9 @@ class Bench:
     def _count(self) -> int:
         """How many timings the run has, of any length."""
         o = self.options
-        count = 5 * o.rounds + 2 * o.rounds * (o.threads > 1 and o.kernels != "generic")  # alone
+        count: int = 5 * o.rounds + 2 * o.rounds * (
+            o.threads > 1 and o.kernels != "generic"
+        )  # alone
         for type in o.types:
             for program in self.programs:
                 if program.why_not(type) is None:
