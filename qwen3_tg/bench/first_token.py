@@ -46,9 +46,9 @@ def child() -> None:
 def load_or_make(options: dict[str, Any], on_progress: Any = None) -> Any:
     """The LLM of "model", or of "shape" and "quant" with random weights; the other options are
     load()'s."""
-    from qwen3_tg import device, load
+    from qwen3_tg import device
     from qwen3_tg.bench.random_weights import random_checkpoint
-    from qwen3_tg.llm import LLM
+    from qwen3_tg.llm import LLM, load
 
     how = {key: options.get(key) for key in ("device", "dtype", "kv_dtype", "kernels", "threads")}
     if options.get("shape") is None:
