@@ -342,3 +342,5 @@ static void work(Pool *pool, int thread, const u64 *args) {
         barrier(pool);
     }
 }
+
+#pragma clang attribute pop

@@ -4,6 +4,9 @@
 // A thread that waits looks for work for some 50 us before it sleeps: kernels of one token follow
 // each other within that time, and nothing is busy while the program is idle.
 
+// tinygrad's loader does not know the jump that Arm's compilers make of a call at a function's end.
+#pragma clang attribute push(__attribute__((disable_tail_calls)), apply_to = function)
+
 #define CACHE_LINE 128
 #define MAX_THREADS 256
 #define SPINS_BEFORE_SLEEP 4000

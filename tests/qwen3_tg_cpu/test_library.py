@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from conftest import FLOAT32_TOLERANCE, assert_close
 from qwen3_tg_cpu import library
 from tinygrad.helpers import GlobalCounters
+from tinygrad.runtime.support.compiler_cpu import ClangCompiler
+from tinygrad.runtime.support.elf import jit_loader
 
 import qwen3_tg
 from qwen3_tg.llm import LLM
@@ -84,6 +87,24 @@ def test_two_threads_of_a_core_count_once(
     monkeypatch.setattr(library, "_TOPOLOGY", tmp_path)
     monkeypatch.setattr(library.os, "sched_getaffinity", lambda pid: set(range(len(ids))))
     assert library.physical_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("arch", "cpu"),
+    [
+        ("arm64", "apple-m1"),
+        ("arm64", "neoverse-n1"),
+        ("x86_64", "x86-64-v3"),
+        ("x86_64", "znver4"),
+    ],
+)
+def test_other_processors_code_can_be_loaded_by_tinygrad(arch: str, cpu: str) -> None:
+    """Compiled and linked for them, not run."""
+    libc = ctypes.CDLL(None)
+    near = ctypes.cast(libc.malloc, ctypes.c_void_p).value  # where it is loaded, on x86
+    program = ClangCompiler([arch, cpu]).compile(library.source())
+    code = jit_loader(program, base=near if arch == "x86_64" else 0, link_libs=[libc])
+    assert len(code) > 50_000
 
 
 @pytest.mark.parametrize(
