@@ -11,8 +11,10 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from qwen3_tg.cli import arguments
 from qwen3_tg.errors import Qwen3Error, UsageError
@@ -44,7 +46,10 @@ def _run_and_report(argv: list[str], stdout_is_closed: bool) -> int:
         options = arguments.parse(argv)
         if stdout_is_closed:
             raise UsageError("stdout is closed: there is no place for an answer")
-        _run(options)
+        with warnings.catch_warnings():
+            show: Any = _note
+            warnings.showwarning = show
+            _run(options)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -57,6 +62,11 @@ def _run_and_report(argv: list[str], stdout_is_closed: bool) -> int:
             traceback.print_exc()
         print(f"error: {_message(e)}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
+
+
+def _note(message: Warning | str, *where: object) -> None:
+    """A warning as one of our notes, without the place in the code."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _replace_closed_streams() -> list[str]:

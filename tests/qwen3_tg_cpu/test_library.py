@@ -55,6 +55,14 @@ print(abs(llm.logits([1, 2, 3]) - right).max())
     assert "computing without the fast CPU kernels: Command" in warnings[0]
 
 
+def test_the_command_says_it_in_a_note() -> None:
+    done = run(BREAK + 'from qwen3_tg.cli import main; main(["--thinking", "off", "hi"])')
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert notes[0].startswith("note: computing without the fast CPU kernels: Command")
+    assert done.stdout.startswith("I ")
+
+
 def test_fast_kernels_that_were_asked_for_and_fail_are_an_error() -> None:
     done = run(
         BREAK
