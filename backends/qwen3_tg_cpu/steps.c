@@ -6,7 +6,7 @@
 #define STEP_NUMBERS 52
 #define MATRIX_NUMBERS 12
 #define MOST_MATRICES 3
-#define MOST_ROWS 128  // of a matrix, taken at a time for one position
+#define MOST_ROWS 512  // of a matrix, taken at a time for one position
 
 enum { EMBED, NORM, LINEAR, CACHE, ATTEND, ROUTE, GROUP, EXPERTS, COMBINE };
 enum { GATED = 1, LAST_POSITION = 2, EXACT = 4 };
@@ -85,7 +85,7 @@ static void finish(Target to, i64 position, i64 output, i64 n, const float *sums
 
 // Rows of a matrix to take at a time for one position: enough for all threads, and not too few.
 static i64 rows_at_a_time(const Task *t, i64 outputs) {
-    i64 rows = round_up(outputs / (t->pool->threads * 8), PANEL);
+    i64 rows = round_up(outputs / (t->pool->threads * 4), PANEL);
     return rows < PANEL ? PANEL : rows > MOST_ROWS ? MOST_ROWS : rows;
 }
 

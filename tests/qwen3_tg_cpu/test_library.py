@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,13 @@ def test_a_container_has_no_more_cores_than_its_share(
 
 
 @pytest.fixture(scope="module")
-def both() -> dict[str, LLM]:
-    return {kernels: qwen3_tg.load("tiny", kernels=kernels) for kernels in ("fast", "generic")}
+def both() -> Iterator[dict[str, LLM]]:
+    """On one thread: several wait for each other while another process has one of the cores."""
+    yield {
+        "fast": qwen3_tg.load("tiny", kernels="fast", threads=1),
+        "generic": qwen3_tg.load("tiny", kernels="generic"),
+    }
+    library.library().use(library.physical_cores())
 
 
 def test_the_fast_path_is_taken_by_itself_and_a_step_is_one_kernel(both: dict[str, LLM]) -> None:
