@@ -167,7 +167,7 @@ class TestCommand:
         rows = re.findall(r"^\| (\S.*?) \| (\d+\.\d\d) \| .*\|$", out, re.MULTILINE)
         assert [name for name, _ in rows] == ["pp8", "tg4", "pp8 @ d20", "tg4 @ d20"]
         assert all(len(line.split("|")) == 8 for line in out.splitlines() if line[:1] == "|")
-        assert re.search(r"measured just now: [\d.]+ GB/s", out)
+        assert re.search(r"measured before and after: [\d.]+ GB/s", out)
         cold, warm = re.findall(r"([\d.]+) s cold, ([\d.]+) s warm", out)[0]
         assert float(cold) > float(warm) > 0
 
