@@ -123,7 +123,7 @@ class MoE:
         ahead = (other > mine) | ((other == mine) & (expert < expert.unsqueeze(-1)))
         rank = ahead.sum(axis=-1).contiguous()  # (B, S, E)
         is_nth = rank.unsqueeze(-2) == Tensor.arange(self.k).unsqueeze(-1)  # (B, S, k, E)
-        # Not a number has no rank: the sum may then be none of the experts, and memory is read there.
+        # Not a number has no rank: the sum may then be no expert, and memory would be read there.
         chosen = is_nth.where(expert, 0).sum(axis=-1).minimum(self.num_experts - 1)
         weights = is_nth.where(probs.unsqueeze(-2), 0).sum(axis=-1)
         if self.norm_topk_prob:
