@@ -23,7 +23,7 @@ DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # it is long, each weight that is read serves more positions, which a GPU needs.
 _PREFILL_CHUNK = {"CPU": 32}
 _PREFILL_CHUNK_ELSEWHERE = 256
-_PREFILL_CHUNK_FAST = 256  # of the CPU's own kernels, which compute nothing for padding
+_PREFILL_CHUNK_FAST = 512  # of the CPU's own kernels, which compute nothing for padding
 # How a CPU computes: "fast" and "exact" by its own kernels (backends/qwen3_tg_cpu), "exact" without
 # rounding activations to 16 bits, "generic" by tinygrad's lowering, as every other device does.
 KERNELS = ("fast", "exact", "generic")

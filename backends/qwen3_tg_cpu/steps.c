@@ -75,9 +75,11 @@ typedef struct {
 static void finish(Target to, i64 position, i64 output, i64 n, const float *sums, const float *ups) {
     i64 place = position * to.row + output;
     float *out = to.out + place;
-    if (ups)
-        for (i64 i = 0; i < n; i++) out[i] = silu8((f8)sums[i])[0] * ups[i];
-    else if (to.added)
+    if (ups) {
+        i64 i = 0;
+        for (; i + 8 <= n; i += 8) store(out + i, silu8(load(sums + i)) * load(ups + i));
+        for (; i < n; i++) out[i] = silu8((f8)sums[i])[0] * ups[i];
+    } else if (to.added)
         for (i64 i = 0; i < n; i++) out[i] = to.added[place + i] + sums[i];
     else
         __builtin_memcpy(out, sums, 4 * n);

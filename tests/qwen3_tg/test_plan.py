@@ -551,7 +551,7 @@ def test_generate_v_prints_planned_against_used(
     assert main(line.split()) == 0
     err = capsys.readouterr().err
     loaded, used = (line for line in err.splitlines() if line.startswith("memory of CPU"))
-    rope_bytes = (2048 + 256) * 32 * 4
+    rope_bytes = (2048 + 512) * 32 * 4
     assert f"planned 2,174,336 bytes of weights and {rope_bytes:,} of rope table" in loaded
     taken = int(re.findall(r"taken ([\d,]+)", loaded)[0].replace(",", ""))
     assert taken == before + 2_174_336 + rope_bytes

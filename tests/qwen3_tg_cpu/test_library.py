@@ -57,9 +57,8 @@ print(abs(llm.logits([1, 2, 3]) - right).max())
 
 
 def test_the_command_says_it_in_a_note() -> None:
-    done = run(
-        BREAK + 'from qwen3_tg.cli import main; main(["--temperature", "0", "What is 2 + 3?"])'
-    )
+    ask = 'from qwen3_tg.cli import main; main(["--temperature", "0", "What is 2 + 3?"])'
+    done = run(BREAK + ask)
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert notes[0].startswith("note: computing without the fast CPU kernels: Command")
