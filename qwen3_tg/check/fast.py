@@ -167,7 +167,7 @@ class FastLayer:
 
     def _read(self, room: str, shape: tuple[int, ...]) -> np.ndarray:
         values = self._kernels.scratch(room)[: int(np.prod(shape))].reshape(shape)
-        return values.view(np.int32).copy() if room == "chosen" else values.copy()
+        return np.array(values.view(np.int32) if room == "chosen" else values)
 
 
 def embed(weight: Weight, ids: np.ndarray, kernels: Any) -> np.ndarray:
@@ -178,7 +178,7 @@ def embed(weight: Weight, ids: np.ndarray, kernels: Any) -> np.ndarray:
     steps.embed(weight)
     steps.part().realize()
     shape = len(ids), weight.shape[1]
-    return kernels.scratch("x")[: shape[0] * shape[1]].reshape(shape).copy()
+    return np.array(kernels.scratch("x")[: shape[0] * shape[1]].reshape(shape))
 
 
 def head(norm: Weight, weight: Weight, eps: float, x: np.ndarray, kernels: Any) -> np.ndarray:

@@ -40,7 +40,7 @@ class Rounding:
         if name == "k_rope" and self.policy.kernels != "generic":  # kept in the cache alone
             dtype = self.policy.kv_dtype
         unit = max(UNIT[dtype], _FEW * UNIT["float32"])
-        return np.abs(value) * np.float32(_TYPICAL * unit)
+        return np.asarray(np.abs(value) * np.float32(_TYPICAL * unit))
 
     def used(self, name: str, value: np.ndarray, start_pos: int) -> np.ndarray:
         """Typical error of a step's value as the next step uses it: kept, summed over, multiplied

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import qwen3_tg_numpy
+from qwen3_tg_numpy.quantised import to_float32
 
 from qwen3_tg import device as devices
 from qwen3_tg.check.fast import INNER
@@ -186,7 +187,7 @@ class _Run:
         from qwen3_tg.check import fast, lowered
 
         weight = self._weights("model.embed_tokens.")["model.embed_tokens.weight"]
-        x = qwen3_tg_numpy.model.to_float32(self._reference.model.embed_tokens[self._ids])
+        x = to_float32(self._reference.model.embed_tokens[self._ids])
         if self._kernels:
             found = fast.embed(weight, self._ids, self._kernels)
         else:
@@ -393,4 +394,4 @@ def _worse(one: Step | None, other: Step) -> Step:
 
 
 def _size_of(truth: Truth, name: str) -> np.ndarray:
-    return np.maximum(size(name, truth.values[name]), 1e-30)
+    return np.asarray(np.maximum(size(name, truth.values[name]), 1e-30))
