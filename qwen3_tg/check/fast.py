@@ -18,7 +18,6 @@ from qwen3_tg.linear import DTYPES, Weight
 from qwen3_tg.model import Block, MoE
 from qwen3_tg.step_graph import write
 
-
 # Steps of the model that are inside of one of these kernels.
 INNER = frozenset(
     {

@@ -123,14 +123,14 @@ def embed(weight: Weight, ids: np.ndarray, policy: Policy) -> np.ndarray:
     """ids: (S,) -> (S, D)"""
     with as_default(policy.device):
         given = Tensor(ids[None].astype(np.int32), device=policy.device)
-        return _numpy(Embedding(weight)(given, DTYPES[policy.dtype]))[0]
+        return np.asarray(_numpy(Embedding(weight)(given, DTYPES[policy.dtype]))[0])
 
 
 def norm(weight: Weight, eps: float, x: np.ndarray, policy: Policy) -> np.ndarray:
     """x: (S, D) -> (S, D)"""
     with as_default(policy.device):
         given = Tensor(x[None], device=policy.device).cast(DTYPES[policy.dtype])
-        return _numpy(RMSNorm(weight, eps)(given))[0]
+        return np.asarray(_numpy(RMSNorm(weight, eps)(given))[0])
 
 
 def head(weight: Weight, x: np.ndarray, policy: Policy) -> np.ndarray:

@@ -160,6 +160,7 @@ MOE_FAULTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("step", "old", "new"), DENSE_FAULTS, ids=[f[0] for f in DENSE_FAULTS])
 def test_a_fault_in_a_step_is_named(plant: Any, step: str, old: str, new: str) -> None:
     plant(old, new)
@@ -168,6 +169,7 @@ def test_a_fault_in_a_step_is_named(plant: Any, step: str, old: str, new: str) -
     assert not wrong.joined
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("step", "old", "new"), MOE_FAULTS, ids=[f[0] for f in MOE_FAULTS])
 def test_a_fault_of_the_experts_is_named(plant: Any, step: str, old: str, new: str) -> None:
     plant(old, new)
@@ -213,7 +215,7 @@ def test_a_fault_before_and_behind_the_layers_is_named(
 
 
 def test_what_is_not_a_number_is_wrong(plant: Any) -> None:
-    plant("probs.dot(v.float())", "probs.dot(v.float() / 0 * 0)")
+    plant("probs.dot(v.float())", 'probs.dot(v.float() * float("nan"))')
     wrong = checked("untied_bfloat16", kernels="generic").first_wrong
     assert wrong and wrong.name == "layers.0.self_attn.mix" and wrong.times == np.inf
 
@@ -248,8 +250,8 @@ C_FAULTS = [
     (
         "layers.0.mlp.act",
         "untied_bfloat16",
-        "silu8((f8)sums[i])[0] * ups[i]",
-        "silu8((f8)sums[i])[0] * sums[i]",
+        "silu8(load(sums + i)) * load(ups + i)",
+        "silu8(load(sums + i)) * load(sums + i)",
     ),
     (
         "layers.0.mlp.topk_ids",
@@ -305,7 +307,7 @@ def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_command_says_what_is_wrong_and_what_to_do(
     plant_in_c: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant_in_c("silu8((f8)sums[i])[0] * ups[i]", "silu8((f8)sums[i])[0] * sums[i]")
+    plant_in_c("silu8(load(sums + i)) * load(ups + i)", "silu8(load(sums + i)) * load(sums + i)")
     assert main(["check", str(GOLDEN / "tied_float32"), "--tokens", "9", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["right"] and report["first_wrong"]["name"] == "layers.0.mlp.act"
