@@ -57,7 +57,10 @@ class Fast:
 
     def __init__(self, model: Qwen3, kernels: Any):
         self.model, self.kernels = model, kernels
-        self._layers = [(self._attention(block), self._mlp(block)) for block in model.layers]
+        self._layers = [
+            (attention_weights(kernels, block), mlp_weights(kernels, block))
+            for block in model.layers
+        ]
         self._norm = kernels.vector(model.norm.weight)
 
     @property
@@ -77,27 +80,31 @@ class Fast:
         logits: Tensor = steps.head(x, self._norm, model.lm_head.weight, every)
         return logits
 
-    def _attention(self, block: Block) -> Any:
-        from qwen3_tg_cpu import AttentionWeights
 
-        attn, vector = block.self_attn, self.kernels.vector
-        return AttentionWeights(
-            norm=vector(block.input_layernorm.weight),
-            q_proj=attn.q_proj.weight,
-            k_proj=attn.k_proj.weight,
-            v_proj=attn.v_proj.weight,
-            q_norm=vector(attn.q_norm.weight),
-            k_norm=vector(attn.k_norm.weight),
-            o_proj=attn.o_proj.weight,
-            heads=attn.num_heads,
-            kv_heads=attn.num_kv_heads,
-        )
+def attention_weights(kernels: Any, block: Block) -> Any:
+    """What the CPU's own kernels take of a block for its attention."""
+    from qwen3_tg_cpu import AttentionWeights
 
-    def _mlp(self, block: Block) -> Any:
-        from qwen3_tg_cpu import MLPWeights
+    attn, vector = block.self_attn, kernels.vector
+    return AttentionWeights(
+        norm=vector(block.input_layernorm.weight),
+        q_proj=attn.q_proj.weight,
+        k_proj=attn.k_proj.weight,
+        v_proj=attn.v_proj.weight,
+        q_norm=vector(attn.q_norm.weight),
+        k_norm=vector(attn.k_norm.weight),
+        o_proj=attn.o_proj.weight,
+        heads=attn.num_heads,
+        kv_heads=attn.num_kv_heads,
+    )
 
-        mlp, norm = block.mlp, self.kernels.vector(block.post_attention_layernorm.weight)
-        projections = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-        if isinstance(mlp, MoE):
-            return MLPWeights(norm, *projections, mlp.gate.weight, mlp.k, mlp.norm_topk_prob)
-        return MLPWeights(norm, *projections)
+
+def mlp_weights(kernels: Any, block: Block) -> Any:
+    """And for its MLP, or mixture of them."""
+    from qwen3_tg_cpu import MLPWeights
+
+    mlp, norm = block.mlp, kernels.vector(block.post_attention_layernorm.weight)
+    projections = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+    if isinstance(mlp, MoE):
+        return MLPWeights(norm, *projections, mlp.gate.weight, mlp.k, mlp.norm_topk_prob)
+    return MLPWeights(norm, *projections)

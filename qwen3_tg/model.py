@@ -16,7 +16,7 @@ and Qwen3MoeForCausalLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tinygrad import Tensor, UOp, dtypes, function
 from tinygrad.dtype import DType
@@ -25,6 +25,15 @@ from qwen3_tg.config import ModelConfig
 from qwen3_tg.kv_cache import KVCache, LayerCache
 from qwen3_tg.linear import Embedding, ExpertLinear, Linear, Weight
 from qwen3_tg.rope import apply_rope
+
+Trace = Callable[[str, Tensor], Tensor]
+"""Told the name and value of each step of a block, gives the value to go on with. The names are
+those of the numpy reference; `qwen3 check` compares the two by them."""
+
+
+def no_trace(name: str, value: Tensor) -> Tensor:
+    """Look at nothing and change nothing."""
+    return value
 
 
 class RMSNorm:
@@ -55,17 +64,20 @@ class Attention:
         self.q_norm = RMSNorm(weights[f"{name}.q_norm.weight"], config.rms_norm_eps)
         self.k_norm = RMSNorm(weights[f"{name}.k_norm.weight"], config.rms_norm_eps)
 
-    def __call__(self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp) -> Tensor:
+    def __call__(
+        self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp, see: Trace = no_trace
+    ) -> Tensor:
         """x: (B, S, D) -> (B, S, D)"""
         B, S, _ = x.shape
         H, K, Hd = self.num_heads, self.num_kv_heads, self.head_dim
         # 1. Project to heads.
-        q = self.q_proj(x).reshape(B, S, H, Hd)
-        k = self.k_proj(x).reshape(B, S, K, Hd)
-        v = self.v_proj(x).reshape(B, S, K, Hd)
+        q = see("q_proj", self.q_proj(x)).reshape(B, S, H, Hd)
+        k = see("k_proj", self.k_proj(x)).reshape(B, S, K, Hd)
+        v = see("v_proj", self.v_proj(x)).reshape(B, S, K, Hd)
         # 2. Normalise each head, then rotate it by its position.
-        q = apply_rope(self.q_norm(q), rope, start_pos)
-        k = apply_rope(self.k_norm(k), rope, start_pos)
+        q, k = see("q_norm", self.q_norm(q)), see("k_norm", self.k_norm(k))
+        q = see("q_rope", apply_rope(q, rope, start_pos))
+        k = see("k_rope", apply_rope(k, rope, start_pos))
         # 3. Store the new keys and values, and take all of them so far.
         k, v = cache.update(k, v, start_pos)  # (B, T, K, Hd)
         T = start_pos + S
@@ -73,15 +85,17 @@ class Attention:
         q = q.reshape(B, S, K, H // K, Hd).permute(0, 2, 3, 1, 4)  # (B, K, G, S, Hd)
         k = k.permute(0, 2, 3, 1).reshape(B, K, 1, Hd, T)
         v = v.permute(0, 2, 1, 3).reshape(B, K, 1, T, Hd)
-        scores = q.float().dot(k.float()) * Hd**-0.5  # (B, K, G, S, T)
+        scores = see("scores", q.float().dot(k.float()) * Hd**-0.5)  # (B, K, G, S, T)
         # 5. Causal mask: the query at start_pos + s reads positions 0 ... start_pos + s.
         if S > 1:
             key_pos = Tensor.arange(cache.k.shape[1])[:T].reshape(1, T)
             query_pos = Tensor.arange(S).reshape(S, 1) + start_pos  # type: ignore[operator]
             scores = (key_pos <= query_pos).where(scores, -float("inf"))
         # 6. Mix the values by the softmax of the scores, and project back.
-        mix = scores.softmax(axis=-1).dot(v.float()).cast(x.dtype)  # (B, K, G, S, Hd)
-        return self.o_proj(mix.permute(0, 3, 1, 2, 4).reshape(B, S, H * Hd))
+        probs = see("probs", scores.softmax(axis=-1))
+        mix = probs.dot(v.float()).cast(x.dtype)  # (B, K, G, S, Hd)
+        mix = see("mix", mix.permute(0, 3, 1, 2, 4).reshape(B, S, H * Hd))
+        return see("o_proj", self.o_proj(mix))
 
 
 class MLP:
@@ -94,8 +108,9 @@ class MLP:
         self.up_proj = Linear(weights[f"{name}.up_proj.weight"])
         self.down_proj = Linear(weights[f"{name}.down_proj.weight"])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gate_proj(x).silu() * self.up_proj(x))
+    def __call__(self, x: Tensor, see: Trace = no_trace) -> Tensor:
+        gate, up = see("gate_proj", self.gate_proj(x)), see("up_proj", self.up_proj(x))
+        return see("down_proj", self.down_proj(see("act", gate.silu() * up)))
 
 
 class MoE:
@@ -112,11 +127,11 @@ class MoE:
         self.up_proj = ExpertLinear(weights[f"{name}.experts.up_proj.weight"])
         self.down_proj = ExpertLinear(weights[f"{name}.experts.down_proj.weight"])
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor, see: Trace = no_trace) -> tuple[Tensor, Tensor]:
         """Numbers and weights of the chosen experts, the likeliest first.
 
         x: (B, S, D) -> (B, S, k) int32, (B, S, k) float32"""
-        probs = self.gate(x).float().softmax(axis=-1)  # (B, S, E)
+        probs = see("gate", self.gate(x)).float().softmax(axis=-1)  # (B, S, E)
         # An expert's rank is how many are likelier; of equals, the one with the lower number.
         expert = Tensor.arange(self.num_experts)
         mine, other = probs.unsqueeze(-1), probs.unsqueeze(-2)
@@ -128,14 +143,15 @@ class MoE:
         weights = is_nth.where(probs.unsqueeze(-2), 0).sum(axis=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(axis=-1, keepdim=True)
-        return chosen.contiguous(), weights.contiguous()
+        chosen = see("topk_ids", chosen.contiguous())
+        return chosen, see("topk_weights", weights.contiguous())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        chosen, weights = self.route(x)
+    def __call__(self, x: Tensor, see: Trace = no_trace) -> Tensor:
+        chosen, weights = self.route(x, see)
         each = x.unsqueeze(2)  # (B, S, 1, D)
         act = self.gate_proj(each, chosen).silu() * self.up_proj(each, chosen)  # (B, S, k, F)
         out = self.down_proj(act, chosen)  # (B, S, k, D)
-        return (out.float() * weights.unsqueeze(-1)).sum(axis=2).cast(x.dtype)
+        return see("experts", (out.float() * weights.unsqueeze(-1)).sum(axis=2).cast(x.dtype))
 
 
 class Block:
@@ -160,10 +176,18 @@ class Block:
         # `function` schedules the first block and reuses its kernels for all others
         @function(precompile=True, allow_implicit=True)
         def block(x: Tensor, start_pos: UOp) -> Tensor:
-            h = x + self.self_attn(self.input_layernorm(x), rope, cache, start_pos)
-            return (h + self.mlp(self.post_attention_layernorm(h))).contiguous()
+            return self.steps(x, rope, cache, start_pos).contiguous()
 
         return block(x, start_pos)
+
+    def steps(
+        self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp, see: Trace = no_trace
+    ) -> Tensor:
+        """The same, scheduled with what is around it. x: (B, S, D) -> (B, S, D)"""
+        normed = see("input_layernorm", self.input_layernorm(x))
+        h = see("residual", x + self.self_attn(normed, rope, cache, start_pos, see))
+        normed = see("post_attention_layernorm", self.post_attention_layernorm(h))
+        return h + self.mlp(normed, see)
 
 
 class Qwen3:

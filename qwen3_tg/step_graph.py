@@ -33,21 +33,22 @@ class StepGraph:
         def step(*symbols: Any) -> Tensor:
             return forward.logits(self._ids, self._at, cache, every, *symbols).realize()
 
-        self._step: Callable[..., Tensor] = _capture_at_once(step)
+        self._step: Callable[..., Tensor] = capture_at_once(step)
 
     def __call__(self, new: Sequence[int], start: int) -> np.ndarray:
         """Up to S ids at positions start, start + 1, ...: (V,) or (S, V) float32"""
         ids = np.zeros(self._S, dtype=np.int32)
         ids[: len(new)] = new
-        _write(self._ids, ids)
-        _write(self._at, np.array([start, len(new)], dtype=np.int32))
+        write(self._ids, ids)
+        write(self._at, np.array([start, len(new)], dtype=np.int32))
         symbols = self._forward.symbols(start, len(new), self._S, self._capacity)
         with as_default(self._device):
             logits = self._step(*symbols)
         return _read(logits)
 
 
-def _write(tensor: Tensor, values: np.ndarray) -> None:
+def write(tensor: Tensor, values: np.ndarray) -> None:
+    """Put values of the same type where a tensor's are."""
     buffer = _buffer(tensor)
     if hasattr(buffer.allocator, "_as_buffer"):  # the host can write there
         buffer.as_memoryview(force_zero_copy=True)[:] = values.tobytes()
@@ -69,7 +70,8 @@ def _buffer(tensor: Tensor) -> Any:
     return buffer.ensure_allocated()
 
 
-def _capture_at_once(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def capture_at_once(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A graph of this function, which from its first call on always does the same."""
     jit = TinyJit(step)
     jit.cnt = 1
     return jit

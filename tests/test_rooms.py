@@ -22,7 +22,7 @@ FLOORS = [
     ["step_graph"],
     ["generate"],
     ["llm"],
-    ["bench"],
+    ["bench", "check"],
     ["usage"],
     ["cli"],
     ["__main__"],

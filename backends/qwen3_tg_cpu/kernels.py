@@ -159,6 +159,10 @@ class Kernels:
             self._kept.append(self._scratch[name])  # older kernels use what was there before
         return int(self._scratch[name].ctypes.data)
 
+    def scratch(self, name: str) -> np.ndarray:
+        """What `room` gave the address of, as float32."""
+        return self._scratch[name].view(np.float32)
+
     def steps(self, ids: Tensor, at: Tensor, eps: float) -> Steps:
         """An empty list. ids: (1, S) int32; at: (2,) int32, the position of the first new token,
         and how many of the S are there; `eps` is that of all norms."""
@@ -238,7 +242,18 @@ class Steps:
             self._normed(x, norm, [weight], self._address(out))
         else:
             self._linear(x, [weight], self._address(out), _LAST_POSITION, norm=norm)
-        return self._run(out)
+        return self._run(out, self._numbers)
+
+    def part(self, first: int = 0, end: int | None = None) -> Tensor:
+        """Some of the steps so far as a kernel that leaves its results in scratch: nothing to read,
+        but to be realised."""
+        numbers = self._numbers[first * _STEP_NUMBERS :]
+        if end is not None:
+            numbers = numbers[: (end - first) * _STEP_NUMBERS]
+        return self._run(Tensor.empty(1, dtype=dtypes.float32, device="CPU"), numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // _STEP_NUMBERS
 
     def _normed(
         self, x: int, norm: Tensor, matrices: Sequence[Matrix], out: int, flags: int = 0
@@ -329,10 +344,10 @@ class Steps:
         assert len(numbers) < _STEP_NUMBERS
         self._numbers += [step, *numbers, *[0] * (_STEP_NUMBERS - 1 - len(numbers))]
 
-    def _run(self, out: Tensor) -> Tensor:
-        """`out` once all steps are done."""
-        length = len(self._numbers) // _STEP_NUMBERS
-        list_ = self._kernels.keep(np.array([length, *self._numbers], dtype=np.int64))
+    def _run(self, out: Tensor, numbers: Sequence[int]) -> Tensor:
+        """`out` once these steps are done."""
+        length = len(numbers) // _STEP_NUMBERS
+        list_ = self._kernels.keep(np.array([length, *numbers], dtype=np.int64))
         kernel = _program(self._nbytes)
         arguments = self._kernels.pool, list_, out, self._at
         return Tensor.custom_kernel(*arguments, fxn=lambda *_: kernel)[2]

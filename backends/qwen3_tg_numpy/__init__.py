@@ -17,14 +17,14 @@ and gguf_file.py.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
 from qwen3_tg_numpy.checkpoint import read_weights
-from qwen3_tg_numpy.config import CheckpointError, ModelConfig, read_eos_token_ids, read_json
+from qwen3_tg_numpy.config import CheckpointError, ModelConfig, Yarn, read_eos_token_ids, read_json
 from qwen3_tg_numpy.generate import generate_ids
 from qwen3_tg_numpy.gguf_file import read_gguf
 from qwen3_tg_numpy.model import KVCache, Qwen3
@@ -39,6 +39,7 @@ __all__ = [
     "Qwen3",
     "Reference",
     "Sampling",
+    "Yarn",
     "load",
 ]
 
@@ -61,7 +62,12 @@ class Reference:
 
         ids: (S,) -> name: array"""
         seen: dict[str, np.ndarray] = {}
-        self.model.forward(ids, trace=seen.__setitem__)
+
+        def keep(name: str, value: np.ndarray) -> np.ndarray:
+            seen[name] = value
+            return value
+
+        self.model.forward(ids, trace=keep)
         return seen
 
     def generate_ids(
@@ -81,20 +87,22 @@ class Reference:
         )
 
 
-def load(path: str | PathLike[str]) -> Reference:
+def load(path: str | PathLike[str], yarn: Yarn | None = None) -> Reference:
     """Open a Hugging Face directory: config.json, the safetensors file or its shards, and
     generation_config.json where there is one; or a .gguf file, any part of it where it is split.
     Matrices may be packed as AWQ, GPTQ, block-wise FP8, MLX or GGUF have it. Weights stay mapped
-    until they are used.
+    until they are used. `yarn` takes the place of the checkpoint's own, if any.
 
     Raises CheckpointError, a ValueError, that names the file and the key or tensors for whatever is
     missing, damaged or not computed here."""
     path = Path(path)
     if path.suffix == ".gguf":
         config, weights, eos_token_ids = read_gguf(path)
+        config = replace(config, yarn=yarn or config.yarn)
         return Reference(config, Qwen3(config, weights), eos_token_ids)
     raw = read_json(path / "config.json")
     config = ModelConfig.from_dict(raw, where=str(path / "config.json"))
+    config = replace(config, yarn=yarn or config.yarn)
     return Reference(
         config=config,
         model=Qwen3(config, read_weights(path, config.weight_shapes(), find_scheme(path, raw))),

@@ -23,19 +23,21 @@ from qwen3_tg_numpy.rope import apply_rope, rope_table
 
 Array = np.ndarray  # float32, but for ids
 Weights = Mapping[str, Stored]  # as stored: to_float32 decodes
-Trace = Callable[[str, Array], None]
-"""Told the name and value of each intermediate, in this order: embed_tokens (S, D); for each layer,
-after `layers.{i}.`: input_layernorm (S, D), self_attn.q_proj (S, H*Hd), .k_proj .v_proj (S, K*Hd),
-.q_norm (S, H, Hd), .k_norm (S, K, Hd), .q_rope, .k_rope likewise, .scores (H, S, T) scaled and
-before the mask, .probs (H, S, T), .mix (S, H*Hd) the input of .o_proj (S, D),
+Trace = Callable[[str, Array], Array]
+"""Told the name and value of each intermediate, gives the value to go on with, as a rule the same.
+In this order: embed_tokens (S, D); for each layer, after `layers.{i}.`: input_layernorm (S, D),
+self_attn.q_proj (S, H*Hd), .k_proj .v_proj (S, K*Hd), .q_norm (S, H, Hd), .k_norm (S, K, Hd),
+.q_rope, .k_rope likewise, .scores (H, S, T) scaled and before the mask, .probs (H, S, T), .mix
+(S, H*Hd) the input of .o_proj (S, D), residual (S, D) the block's input with that added,
 post_attention_layernorm (S, D), mlp.gate_proj .up_proj .act (S, F), act being silu(gate) * up,
 mlp.down_proj (S, D), or in a mixture of experts mlp.gate (S, E) the router's logits, .topk_ids
 (S, k) the chosen experts, most likely first, .topk_weights (S, k), .experts (S, D) their weighted
 sum; `layers.{i}` (S, D), the block's output; norm (S, D); lm_head (S, V)."""
 
 
-def no_trace(name: str, value: Array) -> None:
-    """Forget it."""
+def no_trace(name: str, value: Array) -> Array:
+    """Look at nothing and change nothing."""
+    return value
 
 
 class Linear:
@@ -122,31 +124,31 @@ class Attention:
         H, K = self.config.num_attention_heads, self.config.num_key_value_heads
         S, Hd = len(x), self.config.head_dim
         positions = np.arange(start_pos, start_pos + S)
+
+        def see(name: str, value: Array) -> Array:
+            return trace(f"{self.name}.{name}", value)
+
         # 1. Project to heads.
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = see("q_proj", self.q_proj(x))
+        k = see("k_proj", self.k_proj(x))
+        v = see("v_proj", self.v_proj(x))
         # 2. Normalise each head, then rotate it by its position.
-        q_normed = self.q_norm(q.reshape(S, H, Hd))
-        k_normed = self.k_norm(k.reshape(S, K, Hd))
+        q = see("q_norm", self.q_norm(q.reshape(S, H, Hd)))
+        k = see("k_norm", self.k_norm(k.reshape(S, K, Hd)))
         cos, sin = rope_table(self.config, positions)
-        q_rope, k_rope = apply_rope(q_normed, cos, sin), apply_rope(k_normed, cos, sin)
+        q, k = see("q_rope", apply_rope(q, cos, sin)), see("k_rope", apply_rope(k, cos, sin))
         # 3. Store the new keys and values, and take all of them so far.
-        all_k, all_v = cache.update(k_rope, v.reshape(S, K, Hd))  # (T, K, Hd)
+        all_k, all_v = cache.update(k, v.reshape(S, K, Hd))  # (T, K, Hd)
         # 4. Scores: H / K neighbouring query heads share a key/value head, so repeat each so often.
         all_k, all_v = np.repeat(all_k, H // K, axis=1), np.repeat(all_v, H // K, axis=1)
-        scores = q_rope.transpose(1, 0, 2) @ all_k.transpose(1, 2, 0)  # (H, S, T)
-        scores = scores / np.sqrt(np.float32(Hd))
+        scores = q.transpose(1, 0, 2) @ all_k.transpose(1, 2, 0)  # (H, S, T)
+        scores = see("scores", scores / np.sqrt(np.float32(Hd)))
         # 5. Causal mask: a query reads its own position and earlier ones.
         visible = np.arange(len(all_k)) <= positions[:, None]  # (S, T)
-        probs = softmax(np.where(visible, scores, np.float32(-np.inf)))
+        probs = see("probs", softmax(np.where(visible, scores, np.float32(-np.inf))))
         # 6. Mix the values by these weights, and project back.
         mix = (probs @ all_v.transpose(1, 0, 2)).transpose(1, 0, 2).reshape(S, H * Hd)
-        out = self.o_proj(mix)
-        steps = {"q_proj": q, "k_proj": k, "v_proj": v, "q_norm": q_normed, "k_norm": k_normed}
-        steps |= {"q_rope": q_rope, "k_rope": k_rope, "scores": scores, "probs": probs}
-        steps |= {"mix": mix, "o_proj": out}
-        for name, value in steps.items():
-            trace(f"{self.name}.{name}", value)
-        return out
+        return see("o_proj", self.o_proj(see("mix", mix)))
 
 
 class MLP:
@@ -159,13 +161,10 @@ class MLP:
         self.down_proj = Linear(weights[f"model.{name}.down_proj.weight"])
 
     def __call__(self, x: Array, trace: Trace) -> Array:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        act = silu(gate) * up
-        out = self.down_proj(act)
-        steps = {"gate_proj": gate, "up_proj": up, "act": act, "down_proj": out}
-        for name, value in steps.items():
-            trace(f"{self.name}.{name}", value)
-        return out
+        gate = trace(f"{self.name}.gate_proj", self.gate_proj(x))
+        up = trace(f"{self.name}.up_proj", self.up_proj(x))
+        act = trace(f"{self.name}.act", silu(gate) * up)
+        return trace(f"{self.name}.down_proj", self.down_proj(act))
 
 
 class MoE:
@@ -181,21 +180,20 @@ class MoE:
     def __call__(self, x: Array, trace: Trace) -> Array:
         k = self.config.num_experts_per_tok
         # 1. A probability for each expert, and the k most likely; the lower expert first on a tie.
-        logits = self.gate(x)  # (S, E)
+        logits = trace(f"{self.name}.gate", self.gate(x))  # (S, E)
         probs = softmax(logits)
         topk_ids = np.argsort(-probs, axis=-1, kind="stable")[:, :k]
+        topk_ids = trace(f"{self.name}.topk_ids", topk_ids)
         topk_weights = np.take_along_axis(probs, topk_ids, axis=-1)
         if self.config.norm_topk_prob:
             topk_weights = topk_weights / topk_weights.sum(axis=-1, keepdims=True)
+        topk_weights = trace(f"{self.name}.topk_weights", topk_weights)
         # 2. Each expert on the tokens that chose it, added up by weight.
         out = np.zeros_like(x)
         for e in np.unique(topk_ids):
             token, rank = np.nonzero(topk_ids == e)
             out[token] += self.experts[e](x[token], no_trace) * topk_weights[token, rank, None]
-        steps = {"gate": logits, "topk_ids": topk_ids, "topk_weights": topk_weights, "experts": out}
-        for step, value in steps.items():
-            trace(f"{self.name}.{step}", value)
-        return out
+        return trace(f"{self.name}.experts", out)
 
 
 class Block:
@@ -218,14 +216,11 @@ class Block:
 
     def __call__(self, x: Array, cache: LayerCache, start_pos: int, trace: Trace) -> Array:
         """x: (S, D) -> (S, D)"""
-        normed = self.input_layernorm(x)
-        trace(f"{self.name}.input_layernorm", normed)
-        h = x + self.self_attn(normed, cache, start_pos, trace)
-        normed = self.post_attention_layernorm(h)
-        trace(f"{self.name}.post_attention_layernorm", normed)
-        out: Array = h + self.mlp(normed, trace)
-        trace(self.name, out)
-        return out
+        name = self.name
+        normed = trace(f"{name}.input_layernorm", self.input_layernorm(x))
+        h = trace(f"{name}.residual", x + self.self_attn(normed, cache, start_pos, trace))
+        normed = trace(f"{name}.post_attention_layernorm", self.post_attention_layernorm(h))
+        return trace(name, h + self.mlp(normed, trace))
 
 
 class Qwen3:
@@ -243,18 +238,14 @@ class Qwen3:
         """Embedding and blocks, at the positions that follow the cache's. ids: (S,) -> (S, D)"""
         start_pos = cache.length
         x = to_float32(self.embed_tokens[self.config.check_ids(ids, start_pos)])
-        trace("embed_tokens", x)
+        x = trace("embed_tokens", x)
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = block(x, layer_cache, start_pos, trace)
         return x
 
     def logits(self, x: Array, trace: Trace = no_trace) -> Array:
         """Final norm and output head, for whichever rows are wanted. x: (S, D) -> (S, V)"""
-        normed = self.norm(x)
-        logits = self.lm_head(normed)
-        trace("norm", normed)
-        trace("lm_head", logits)
-        return logits
+        return trace("lm_head", self.lm_head(trace("norm", self.norm(x))))
 
     def forward(
         self,

@@ -21,6 +21,7 @@ COMMANDS = {
     "pull": "pull:pull",
     "quantize": "quantize:quantize",
     "bench": "bench:bench",
+    "check": "check:run",
 }
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
@@ -35,6 +36,7 @@ Qwen3 on whatever hardware you have.
   qwen3 pull Qwen/Qwen3-0.6B        download a model
   qwen3 quantize MODEL OUT.gguf     make a model smaller
   qwen3 bench MODEL                 measure how fast it is here
+  qwen3 check MODEL                 see whether this machine computes it right
 """
 
 
@@ -301,6 +303,20 @@ def _add_bench(parser: _Parser) -> None:
     form.add_argument("--csv", action="store_true", help="the same, a line a test")
 
 
+def _add_check(parser: _Parser) -> None:
+    parser.description = (
+        "Compare every step of a model on a device with the same in numpy, layer by layer, and\n"
+        "name the one that is wrong. Exit code: 0 right, 1 wrong, 2 it could not be done."
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="as --model elsewhere; tiny")
+    _add_device(parser)
+    _add_kernels(parser)
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="of the prompt (default: more than a chunk)"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs, with every step")
+
+
 # Commands that take none of the options of a run.
 _OWN_ARGUMENTS: dict[str | None, Callable[[_Parser], None]] = {
     "devices": lambda parser: None,
@@ -308,6 +324,7 @@ _OWN_ARGUMENTS: dict[str | None, Callable[[_Parser], None]] = {
     "pull": _add_pull,
     "quantize": _add_quantize,
     "bench": _add_bench,
+    "check": _add_check,
 }
 
 

@@ -49,9 +49,9 @@ def _run_and_report(argv: list[str], stdout_is_closed: bool) -> int:
         with warnings.catch_warnings():
             show: Any = _note
             warnings.showwarning = show
-            _run(options)
+            code = _run(options)
         sys.stdout.flush()
-        return 0
+        return code or 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -61,7 +61,7 @@ def _run_and_report(argv: list[str], stdout_is_closed: bool) -> int:
         if "--debug" in argv:
             traceback.print_exc()
         print(f"error: {_message(e)}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
+        return 2 if isinstance(e, UsageError) or argv[:1] == ["check"] else 1
 
 
 def _note(message: Warning | str, *where: object) -> None:
@@ -88,12 +88,13 @@ def _repeat_ctrl_c(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int | None:
+    """The exit code; None is 0."""
     module, _, function = arguments.COMMANDS[options.command].partition(":")
-    run: Callable[[argparse.Namespace], None] = getattr(
+    run: Callable[[argparse.Namespace], int | None] = getattr(
         import_module(f"qwen3_tg.cli.{module}"), function
     )
-    run(options)
+    return run(options)
 
 
 def _message(e: Exception) -> str:
