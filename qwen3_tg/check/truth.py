@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 
 import numpy as np
 import qwen3_tg_numpy
-from qwen3_tg_numpy.model import LayerCache
+from qwen3_tg_numpy.model import MLP, Block, LayerCache, Linear
+from qwen3_tg_numpy.quantised import to_float32
 
 from qwen3_tg.check.rounding import Rounding, size
 
@@ -44,7 +46,7 @@ class LayerTruth:
     ):
         """`inner` steps are not seen on the device: errors go through them to the next one."""
         self._inner = inner
-        self._block = reference.model.layers[layer]
+        self._block = _decoded(reference.model.layers[layer])
         self._name = self._block.name
         self._rounding, self._random = rounding, np.random.default_rng([seed, layer])
         self._caches = [LayerCache(reference.config) for _ in range(4)]
@@ -120,6 +122,20 @@ class LayerTruth:
             return np.ones(len(ordered), dtype=bool)
         gap = ordered[:, k - 1] - ordered[:, k]
         return np.asarray(gap > _NEAR * truth.noise["gate"])
+
+
+def _decoded(block: Block) -> Block:
+    """The same with matrices as float32, which are used many times here; experts stay as they are,
+    for of those there may be too many."""
+    block, attention = copy(block), copy(block.self_attn)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        setattr(attention, name, Linear(to_float32(getattr(attention, name).weight)))
+    block.self_attn = attention
+    if isinstance(block.mlp, MLP):
+        block.mlp = copy(block.mlp)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(block.mlp, name, Linear(to_float32(getattr(block.mlp, name).weight)))
+    return block
 
 
 def _seen(name: str, value: np.ndarray, start_pos: int) -> np.ndarray:
