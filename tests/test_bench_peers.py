@@ -15,7 +15,7 @@ import pytest
 from format_writers import random_model, write_float
 
 from tools import bench_peers, bench_workers
-from tools.bench_peers import LLAMA_CPP, OURS, Results, Row, best_prefill, page
+from tools.bench_peers import LLAMA_CPP, OURS, Results, Row, against_best, page
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,10 +82,17 @@ def test_lost_rows_are_marked_and_won_ones_are_not() -> None:
     assert "missed" not in line(text, "| q8_0 | 100 ")
 
 
-def test_a_prompts_goal_is_the_best_type_of_llama_cpp() -> None:
+def test_a_prompts_goal_is_the_best_type_of_llama_cpp_in_the_same_round() -> None:
     results = recorded()
-    assert best_prefill(results.rows, results.rows[3]) == (50, "f16")
-    assert "50.0 (f16): 0.50 **missed**" in line(page(results), "| q8_0 | pp100 @ d0 ")
+    results.together = {
+        "f16": {OURS: [1.0, 2.0, 4.0], LLAMA_CPP: [2.0, 4.0, 8.0]},
+        "q8_0": {OURS: [4.0, 8.0, 16.0], LLAMA_CPP: [3.0, 6.0, 2.0]},
+    }
+    assert against_best(results.together, "q8_0") == 0.5  # of 2/4, 4/8 and 2/16
+    assert "best type: 0.50 **missed**" in line(page(results), "| q8_0 | pp100 @ d0 ")
+    assert "best type: 2.00 |" in line(page(results), "| f16 | pp100 @ d0 ")
+    assert against_best({}, "f16") is None
+    assert against_best({"f16": {OURS: [1.0]}}, "f16") is None
 
 
 def test_what_a_program_cannot_run_is_a_dash_with_its_reason() -> None:

@@ -114,6 +114,8 @@ class Results:
     file_bytes: dict[str, int] = field(default_factory=dict)
     cache_bytes: dict[str, int] = field(default_factory=dict)
     alone: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # seconds of each round of a prompt, by type and program: all types in every round
+    together: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     # of each timing: seconds of all processors, and what other processes took of them
     others: list[tuple[float, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -143,7 +145,7 @@ def page(results: Results) -> str:
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- {program}: {version}" for program, version in results.versions.items()]
     lines += [line for note in (*results.notes, *_others(results)) for line in ("", note)]
-    sections = (_speed, _fall_off, _memory, _loading, _alone)
+    sections = (_speed, _together, _fall_off, _memory, _loading, _alone)
     return "\n".join(lines + [line for section in sections for line in section(results)]) + "\n"
 
 
@@ -180,7 +182,7 @@ def _speed(results: Results) -> list[str]:
             cells.append(_figure(row, program, results.missing, notes))
         ratio = row.ratio_of_rounds(LLAMA_CPP)
         cells += [_number(ratio), _number(row.ratio_of_medians(LLAMA_CPP))]
-        cells.append(_goal(row, ratio, best_prefill(results.rows, row)))
+        cells.append(_goal(row, ratio, against_best(results.together, row.type)))
         for program in peers:
             figure = _figure(row, program, results.missing, notes)
             against = row.ratio_of_rounds(program)
@@ -196,8 +198,9 @@ def _speed(results: Results) -> list[str]:
         "",
         "ppN: a prompt of N tokens; tgN: N tokens one by one; @ dD: with D in the cache already.",
         "Tokens/s, median (least..most). Ratios are ours over the peer's speed: the median of the "
-        "rounds' ratios, and of medians the ratio of the medians. A prompt's goal is llama.cpp's "
-        f"best type. The goal beside the other peers is 1; from depth {DEEP} on see below.",
+        "rounds' ratios, and of medians the ratio of the medians. A prompt's goal: the fastest of "
+        "llama.cpp's types in the same round, see the next table. The goal beside the other peers "
+        f"is 1; from depth {DEEP} on see below.",
     ]
     return table + explained + [line for note in notes.lines() for line in ("", note)]
 
@@ -211,27 +214,39 @@ def _figure(
     return f"{statistics.median(speeds):.1f} ({min(speeds):.1f}..{max(speeds):.1f})"
 
 
-def best_prefill(rows: list[Row], like: Row) -> tuple[float, str] | None:
-    """llama.cpp's greatest speed in this test, and the type it has that with."""
-    speeds = [
-        (speed, row.type)
-        for row in rows
-        if (row.do, row.tokens, row.depth) == (like.do, like.tokens, like.depth)
-        and (speed := row.speed(LLAMA_CPP)) is not None
-    ]
-    return max(speeds, default=None)
+def against_best(together: Mapping[str, Mapping[str, list[float]]], type: str) -> float | None:
+    """Our speed with a prompt over that of llama.cpp's fastest type in the same round, the median
+    of the rounds."""
+    theirs = [seconds[LLAMA_CPP] for seconds in together.values() if LLAMA_CPP in seconds]
+    if type not in together or not theirs:
+        return None
+    best = [min(round_) for round_ in zip(*theirs, strict=True)]
+    pairs = zip(best, together[type][OURS], strict=True)
+    return statistics.median(their / mine for their, mine in pairs)
 
 
-def _goal(row: Row, ratio: float | None, best: tuple[float, str] | None) -> str:
-    mine = row.speed(OURS)
-    if mine is None or ratio is None or best is None:
-        return NONE
+def _goal(row: Row, ratio: float | None, best: float | None) -> str:
     if row.do == "prefill":
-        part = mine / best[0]
-        return f"{best[0]:.1f} ({best[1]}): {part:.2f}{'' if part >= 1 else MISSED}"
-    if row.depth >= DEEP:
+        return NONE if best is None else f"best type: {best:.2f}{'' if best >= 1 else MISSED}"
+    if ratio is None or row.depth >= DEEP:
         return NONE
     return "1.00" + ("" if ratio >= 1 else MISSED)
+
+
+def _together(results: Results) -> list[str]:
+    """The machine's own speed changes from minute to minute: only what was timed in the same round
+    can be compared with another type."""
+    tokens = next((row.tokens for row in results.rows if row.do == "prefill"), 0)
+    rows = []
+    for type, seconds in results.together.items():
+        best = against_best(results.together, type)
+        speeds = [
+            f"{tokens / statistics.median(seconds[name]):.1f}" if name in seconds else NONE
+            for name in (OURS, LLAMA_CPP)
+        ]
+        rows.append([type, *speeds, _number(best) + (MISSED if best and best < 1 else "")])
+    head = ["type", OURS, LLAMA_CPP, "ours over the fastest type of llama.cpp"]
+    return _section(f"Prompts of {tokens}, all types in every round", head, 1, rows)
 
 
 def _fall_off(results: Results) -> list[str]:
@@ -441,6 +456,7 @@ class Bench:
         count: int = 5 * o.rounds + 2 * o.rounds * (
             o.threads > 1 and o.kernels != "generic"
         )  # alone
+        count += 2 * o.rounds * len(o.types)  # prompts
         for type in o.types:
             for program in self.programs:
                 if program.why_not(type) is None:
@@ -540,6 +556,28 @@ class Bench:
                         if not attempt(program, once, row, count, name):
                             row.seconds.pop(program.name, None)  # fewer rounds than the page says
                 self.write()
+
+    def prompts(self, paths: Mapping[str, Path]) -> None:
+        """A prompt in every type and both programs, round after round, all of them loaded."""
+        o, missing = self.options, self.results.missing
+        programs = [self.ours]
+        if all(LLAMA_CPP not in missing.get(type, {}) for type in o.types):
+            programs.append(self.programs[1])
+        with ExitStack() as stack:
+            workers = {}
+            for type in o.types:
+                for program in programs:
+                    say(f"prompts of all types: loading {type} of {program.name}")
+                    worker = self.start(program, type, paths[type])
+                    stack.callback(worker.close)
+                    worker.ask("prefill", o.p)
+                    workers[type, program.name] = worker
+            for _ in range(o.rounds):
+                for (type, name), worker in workers.items():
+                    self._say(f"prompts of all types: {type} of {name}")
+                    seconds = worker.ask("prefill", o.p)
+                    self.results.together.setdefault(type, {}).setdefault(name, []).append(seconds)
+        self.write()
 
     def _cache_bytes(self, positions: int) -> int:
         c = self._config
@@ -808,6 +846,7 @@ def main() -> None:
         bench = Bench(options, results, programs)
         for type in options.types:
             bench.compare(type, paths)
+        bench.prompts(paths)
         bench.alone(paths)
         results.finished = True
         bench.write()
