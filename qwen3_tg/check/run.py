@@ -10,6 +10,8 @@ positions after it:
 An error counts as wrong when it is more than WRONG times what rounding makes (rounding.py). Where
 the block is wrong and each of its steps is right alone, steps are joined one by one as the compiler
 joins them, until the first wrong one.
+
+Touches tinygrad's internals: a device's `renderer`, whose name is reported.
 """
 
 from __future__ import annotations
