@@ -242,7 +242,7 @@ class Steps:
             self._normed(x, norm, [weight], self._address(out))
         else:
             self._linear(x, [weight], self._address(out), _LAST_POSITION, norm=norm)
-        return self._run(out, self._numbers)
+        return self._run(out)
 
     def part(self, first: int = 0, end: int | None = None) -> Tensor:
         """Some of the steps so far as a kernel that leaves its results in scratch: nothing to read,
@@ -344,8 +344,9 @@ class Steps:
         assert len(numbers) < _STEP_NUMBERS
         self._numbers += [step, *numbers, *[0] * (_STEP_NUMBERS - 1 - len(numbers))]
 
-    def _run(self, out: Tensor, numbers: Sequence[int]) -> Tensor:
-        """`out` once these steps are done."""
+    def _run(self, out: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
+        """`out` once these steps are done; None: all so far."""
+        numbers = self._numbers if numbers is None else numbers
         length = len(numbers) // _STEP_NUMBERS
         list_ = self._kernels.keep(np.array([length, *numbers], dtype=np.int64))
         kernel = _program(self._nbytes)

@@ -106,6 +106,10 @@ def test_an_interrupt_while_it_computes_stops_the_answer_and_no_more() -> None:
     code = (
         START
         + """
+# Python drops an interrupt that comes within a __del__: as on the command line, let it come again
+from qwen3_tg.cli.main import _repeat_ctrl_c
+import sys
+sys.unraisablehook = _repeat_ctrl_c
 print("ready", flush=True)
 try:
     while True:
