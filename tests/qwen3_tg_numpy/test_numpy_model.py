@@ -141,7 +141,7 @@ def test_query_heads_that_share_a_key_value_head_are_neighbours():
     seen: dict[str, np.ndarray] = {}
     x = np.array([[1, 2, 3, 4]], np.float32)
     layer = attention(config, v_proj=np.eye(4, dtype=np.float32))
-    layer(x, model.LayerCache(config), 0, seen.__setitem__)
+    layer(x, model.LayerCache(config), 0, lambda name, value: seen.setdefault(name, value))
     # value head 0 is (1, 2), head 1 is (3, 4)
     assert seen["layers.0.self_attn.mix"].tolist() == [[1, 2, 1, 2, 3, 4, 3, 4]]
 
@@ -177,7 +177,7 @@ def test_a_mixture_adds_up_its_most_likely_experts(norm_topk_prob):
     seen: dict[str, np.ndarray] = {}
     x = np.array([[2.0], [-2.0]], np.float32)
     layer = mixture(norm_topk_prob, [[0.0], [1.0], [2.0]])
-    found = layer(x, seen.__setitem__)
+    found = layer(x, lambda name, value: seen.setdefault(name, value))
     # logits 0, 2, 4 and 0, -2, -4
     p = np.exp([4.0, 2.0]) / np.exp([0.0, 2.0, 4.0]).sum()
     q = np.exp([0.0, -2.0]) / np.exp([0.0, -2.0, -4.0]).sum()
@@ -192,7 +192,9 @@ def test_a_mixture_adds_up_its_most_likely_experts(norm_topk_prob):
 
 def test_the_lower_expert_comes_first_on_a_tie():
     seen: dict[str, np.ndarray] = {}
-    mixture(True, [[1.0], [1.0], [1.0]])(np.array([[1.0]], np.float32), seen.__setitem__)
+    mixture(True, [[1.0], [1.0], [1.0]])(
+        np.array([[1.0]], np.float32), lambda name, value: seen.setdefault(name, value)
+    )
     assert seen["mlp.topk_ids"].tolist() == [[0, 1]]
     assert seen["mlp.topk_weights"].tolist() == [[0.5, 0.5]]
 
