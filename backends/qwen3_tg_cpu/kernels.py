@@ -247,9 +247,8 @@ class Steps:
     def part(self, first: int = 0, end: int | None = None) -> Tensor:
         """Some of the steps so far as a kernel that leaves its results in scratch: nothing to read,
         but to be realised."""
-        numbers = self._numbers[first * _STEP_NUMBERS :]
-        if end is not None:
-            numbers = numbers[: (end - first) * _STEP_NUMBERS]
+        end = len(self) if end is None else end
+        numbers = self._numbers[first * _STEP_NUMBERS : end * _STEP_NUMBERS]
         return self._run(Tensor.empty(1, dtype=dtypes.float32, device="CPU"), numbers)
 
     def __len__(self) -> int:

@@ -77,8 +77,7 @@ class LoweredLayer:
             return self._as_device(name, right, value)
 
         with as_default(self._policy.device):
-            out = see("out", self._steps(x, start_pos, see))
-        del out
+            see("out", self._steps(x, start_pos, see))
 
     def up_to(self, name: str, x: np.ndarray, start_pos: int) -> np.ndarray:
         """The value of one step, with all before it in the same kernels where tinygrad joins them,

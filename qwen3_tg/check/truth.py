@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -78,24 +77,15 @@ class LayerTruth:
             return self._with_error(bare, value, start_pos)
 
         clean, one, block, all_ = self._caches
-        out = self._run(x, clean, start_pos, keep)
-        self._run(self._with_error("out", x, start_pos), one, start_pos, alone)
-        rounded = self._run(self._with_error("out", x, start_pos), block, start_pos, together)
+        out = self._block(x, clean, start_pos, keep)
+        self._block(self._with_error("out", x, start_pos), one, start_pos, alone)
+        rounded = self._block(self._with_error("out", x, start_pos), block, start_pos, together)
         truth.block_noise = size("out", rounded - out)
-        twin = self._run(twin, all_, start_pos, together)
+        twin = self._block(twin, all_, start_pos, together)
         if "gate" in truth.values:
             self._of_few(truth, start_pos)
         truth.decided = self._decided(truth)
         return truth, twin
-
-    def _run(
-        self,
-        x: np.ndarray,
-        cache: LayerCache,
-        start_pos: int,
-        trace: Callable[[str, np.ndarray], np.ndarray],
-    ) -> np.ndarray:
-        return self._block(x, cache, start_pos, trace)
 
     def _bare(self, name: str) -> str:
         return "out" if name == self._name else name.rpartition(".")[2]

@@ -82,14 +82,18 @@ FORMATS = {
 }
 
 
+def written(name: str, moe: bool, folder: Path) -> str:
+    """A random model stored so: its file or folder."""
+    config, weights = random_model(moe)
+    FORMATS[name](folder, config, weights)
+    file = folder / "model.gguf"
+    return str(file if file.exists() else folder)
+
+
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_kind_of_stored_weight_is_right(name: str, moe: bool, tmp_path: Path) -> None:
-    config, weights = random_model(moe)
-    FORMATS[name](tmp_path, config, weights)
-    file = tmp_path / "model.gguf"
-    path = file if file.exists() else tmp_path
-    report = check(str(path), devices.choose("CPU", kernels="fast"), tokens=40)
+    report = check(written(name, moe, tmp_path), devices.choose("CPU", kernels="fast"), tokens=40)
     assert name in report.formats
     assert report.first_wrong is None
     assert largest(report) < WRONG / 1.5
@@ -97,11 +101,7 @@ def test_every_kind_of_stored_weight_is_right(name: str, moe: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "AWQ"])
 def test_stored_weights_are_right_by_tinygrads_lowering(name: str, tmp_path: Path) -> None:
-    config, weights = random_model()
-    FORMATS[name](tmp_path, config, weights)
-    file = tmp_path / "model.gguf"
-    path = file if file.exists() else tmp_path
-    report = check(str(path), small(kernels="generic"), tokens=PROMPT)
+    report = check(written(name, False, tmp_path), small(kernels="generic"), tokens=PROMPT)
     assert report.first_wrong is None
     assert largest(report) < WRONG / 1.5
 
