@@ -5,7 +5,7 @@
 // end. The parts depend on lengths alone, not on the number of threads: nor do results.
 
 #define SOME_KEYS 32   // keys whose scores are computed at a time for one position
-#define KEYS 64        // and for many
+#define KEYS 72        // and for many: a multiple of PANEL
 #define QUERIES 48     // query rows of a block at most: heads of one key/value head times positions
 #define MOST_PARTS 64  // of the keys, for one position
 
@@ -222,13 +222,13 @@ static i64 block_positions(const Attention *a) {
 
 // Floats of room that block() takes.
 static i64 block_floats(const Attention *a) {
-    i64 d = round_up(a->head_dim, PANEL), rows = block_positions(a) * (a->heads / a->kv_heads);
+    i64 d = round_up(a->head_dim, 8), rows = block_positions(a) * (a->heads / a->kv_heads);
     return rows * (2 * d + KEYS + 2) + 2 * KEYS * d;
 }
 
 // Positions s0 ... s0+n-1 of the query heads of one key/value head, over all keys they may see.
 static void block(const Attention *a, int kv_head, i64 s0, i64 n, float *room) {
-    i64 group = a->heads / a->kv_heads, d = a->head_dim, wide = round_up(d, PANEL), rows = n * group;
+    i64 group = a->heads / a->kv_heads, d = a->head_dim, wide = round_up(d, 8), rows = n * group;
     float *q = room, *mixed = q + rows * d, *scores = mixed + rows * wide, *total = scores + rows * KEYS;
     float *most = total + rows, *keys = most + rows, *values = keys + KEYS * d;
     for (i64 r = 0; r < rows; r++) {  // row r: position r / group, head r % group of the group
@@ -240,15 +240,15 @@ static void block(const Attention *a, int kv_head, i64 s0, i64 n, float *room) {
     i64 end = a->start + s0 + n;
     for (i64 t = 0; t < end; t += KEYS) {
         i64 seen = end - t < KEYS ? end - t : KEYS;
-        // 1. Scores: panels of sixteen keys.
+        // 1. Scores: panels of keys.
         for (i64 p = 0; p < seen; p += PANEL) {
             for (i64 j = 0; j < PANEL; j++) {
                 float *key = values + j * d;  // free until step 3
                 if (p + j < seen) read_cached(a->cache_type, cached(a, a->k_cache, t + p + j, kv_head), d, key);
                 else __builtin_memset(key, 0, 4 * d);
             }
-            turn_rows(values, d, d, keys), turn_rows(values + 8 * d, d, d, keys + 8);
-            tiles(rows, q, d, keys, PANEL, d, scores + p, KEYS, 0);
+            for (int i = 0; i < PANEL; i += 8) turn_rows(values + i * d, d, d, keys + i);
+            tiles(WIDE, rows, q, d, keys, PANEL, d, scores + p, KEYS, 0);
         }
         // 2. What a position may not see, and the softmax of this part.
         for (i64 r = 0; r < rows; r++) {
@@ -271,7 +271,8 @@ static void block(const Attention *a, int kv_head, i64 s0, i64 n, float *room) {
             for (i64 i = d; i < wide; i++) values[j * wide + i] = 0;
         }
         for (i64 i = 0; i < wide; i += PANEL)
-            tiles(rows, scores, KEYS, values + i, wide, seen, mixed + i, wide, 1);
+            tiles((int)(wide - i < PANEL ? wide - i : PANEL) / 8, rows, scores, KEYS, values + i, wide,
+                  seen, mixed + i, wide, 1);
     }
     for (i64 r = 0; r < rows; r++) {
         float *to = a->out + ((s0 + r / group) * a->heads + kv_head * group + r % group) * d;

@@ -1,10 +1,10 @@
 // y = x W^T. One position waits for memory: each row of W is read once, decoded in registers and
 // multiplied. Many positions wait for arithmetic: sixteen rows of W are decoded into a panel that
-// fits in the cache, and tiles of 6 x 16 sums stay in registers.
+// fits in the cache, and tiles of 4 x 24 sums stay in registers.
 
-#define PANEL 16          // outputs in a panel
-#define CHUNK 256         // inputs decoded at a time: a panel of them is half of a 32 KiB cache
-#define TILE 6            // positions in a tile: 12 sums, 2 values of W and one of x in 16 registers
+#define CHUNK 256         // inputs decoded at a time: a panel of them is 24 KiB of a 32 KiB cache
+#define TILE 4            // positions in a tile: 12 sums, 3 values of W and one of x in 16 registers
+#define WIDE (PANEL / 8)  // vectors in a row of a panel
 
 // One position's activations. Where `q` is there, it is x in 16 bits: x = q * scale for each 32 of
 // them, of which the 16 even ones come first. That is the order in which words of two bytes of a
@@ -182,16 +182,16 @@ static void one_position(const Matrix *m, i64 o0, i64 n, const Activations *a, f
     if (by_columns(m)) {
         float values[CHUNK * PANEL];
         for (; r < n; r += PANEL) {
-            f8 low = (f8)0.0f, high = (f8)0.0f;
+            f8 sums[WIDE] = {0};
             for (i64 k = 0; k < m->inputs; k += CHUNK) {
                 i64 chunk = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
                 columns(m, o0 + r, k, chunk, values);
                 for (i64 i = 0; i < chunk; i++) {
-                    low += load(values + PANEL * i) * a->x[k + i];
-                    high += load(values + PANEL * i + 8) * a->x[k + i];
+                    for (int j = 0; j < WIDE; j++)
+                        sums[j] += load(values + PANEL * i + 8 * j) * a->x[k + i];
                 }
             }
-            for (i64 i = 0; i < PANEL && r + i < n; i++) y[r + i] = i < 8 ? low[i] : high[i - 8];
+            for (i64 i = 0; i < PANEL && r + i < n; i++) y[r + i] = sums[i / 8][i % 8];
         }
         return;
     }
@@ -215,38 +215,46 @@ static void one_position(const Matrix *m, i64 o0, i64 n, const Activations *a, f
     for (; r < n; r++) y[r] = dot_decoded(m, o0 + r, a->x);
 }
 
-// c (n, 16) = or += x (n, K) times w (K, 16); ld* are distances between rows, in floats.
-ALWAYS void tile(const int n, const float *x, i64 ldx, const float *w, i64 ldw, i64 K, float *c,
-                 i64 ldc, int add) {
-    f8 sums[TILE][2];
+// c (n, 8 wide) = or += x (n, K) times w (K, 8 wide); ld* are distances between rows, in floats.
+ALWAYS void tile(const int n, const int wide, const float *x, i64 ldx, const float *w, i64 ldw, i64 K,
+                 float *c, i64 ldc, int add) {
+    f8 sums[TILE][WIDE];
     for (int r = 0; r < n; r++)
-        for (int j = 0; j < 2; j++) sums[r][j] = add ? load(c + r * ldc + 8 * j) : (f8)0.0f;
+        for (int j = 0; j < wide; j++) sums[r][j] = add ? load(c + r * ldc + 8 * j) : (f8)0.0f;
     for (i64 k = 0; k < K; k++) {
-        f8 low = load(w + k * ldw), high = load(w + k * ldw + 8);
+        f8 values[WIDE];
+        for (int j = 0; j < wide; j++) values[j] = load(w + k * ldw + 8 * j);
         for (int r = 0; r < n; r++) {
             f8 v = (f8)(x[r * ldx + k]);
-            sums[r][0] += low * v;
-            sums[r][1] += high * v;
+            for (int j = 0; j < wide; j++) sums[r][j] += values[j] * v;
         }
     }
     for (int r = 0; r < n; r++)
-        for (int j = 0; j < 2; j++) store(c + r * ldc + 8 * j, sums[r][j]);
+        for (int j = 0; j < wide; j++) store(c + r * ldc + 8 * j, sums[r][j]);
 }
 
-static void tiles(i64 n, const float *x, i64 ldx, const float *w, i64 ldw, i64 K, float *c, i64 ldc,
-                  int add) {
+ALWAYS void tiles_of(const int wide, i64 n, const float *x, i64 ldx, const float *w, i64 ldw, i64 K,
+                     float *c, i64 ldc, int add) {
     for (; n >= TILE; n -= TILE, x += TILE * ldx, c += TILE * ldc)
-        tile(TILE, x, ldx, w, ldw, K, c, ldc, add);
+        tile(TILE, wide, x, ldx, w, ldw, K, c, ldc, add);
     switch (n) {
-    case 5: tile(5, x, ldx, w, ldw, K, c, ldc, add); break;
-    case 4: tile(4, x, ldx, w, ldw, K, c, ldc, add); break;
-    case 3: tile(3, x, ldx, w, ldw, K, c, ldc, add); break;
-    case 2: tile(2, x, ldx, w, ldw, K, c, ldc, add); break;
-    case 1: tile(1, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 3: tile(3, wide, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 2: tile(2, wide, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 1: tile(1, wide, x, ldx, w, ldw, K, c, ldc, add); break;
     }
 }
 
-// Eight rows of n values become columns of an (n, 16) panel.
+// The same for any n; `wide` is at most WIDE.
+static void tiles(int wide, i64 n, const float *x, i64 ldx, const float *w, i64 ldw, i64 K, float *c,
+                  i64 ldc, int add) {
+    switch (wide) {
+    case 3: tiles_of(3, n, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 2: tiles_of(2, n, x, ldx, w, ldw, K, c, ldc, add); break;
+    case 1: tiles_of(1, n, x, ldx, w, ldw, K, c, ldc, add); break;
+    }
+}
+
+// Eight rows of n values become columns of an (n, PANEL) panel.
 static void turn_rows(const float *rows, i64 ld, i64 n, float *out) {
     i64 k = 0;
     for (; k + 8 <= n; k += 8) {
@@ -259,7 +267,7 @@ static void turn_rows(const float *rows, i64 ld, i64 n, float *out) {
         for (int i = 0; i < 8; i++) out[PANEL * k + i] = rows[ld * i + k];
 }
 
-// Inputs k0 ... k0+n-1 of outputs o0 ... o0+15, as (n, 16); outputs beyond the last are zero.
+// Inputs k0 ... k0+n-1 of PANEL outputs from o0 on, as (n, PANEL); outputs beyond the last are zero.
 // `rows` has room for 8 x CHUNK floats.
 static void panel(const Matrix *m, i64 o0, i64 k0, i64 n, float *rows, float *out) {
     if (by_columns(m)) {
@@ -277,12 +285,12 @@ static void panel(const Matrix *m, i64 o0, i64 k0, i64 n, float *rows, float *ou
 
 #define PANEL_FLOATS (CHUNK * (PANEL + 8))
 
-// c (positions, 16) = x W^T for outputs o0 ... o0+15. `room` has PANEL_FLOATS floats.
+// c (positions, PANEL) = x W^T for PANEL outputs from o0 on. `room` has PANEL_FLOATS floats.
 static void many_positions(const Matrix *m, i64 o0, i64 positions, const float *x, float *c,
                            float *room) {
     for (i64 k = 0; k < m->inputs; k += CHUNK) {
         i64 n = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
         panel(m, o0, k, n, room + CHUNK * PANEL, room);
-        tiles(positions, x + k, m->inputs, room, PANEL, n, c, PANEL, k > 0);
+        tiles(WIDE, positions, x + k, m->inputs, room, PANEL, n, c, PANEL, k > 0);
     }
 }

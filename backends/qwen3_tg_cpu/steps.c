@@ -6,7 +6,7 @@
 #define STEP_NUMBERS 52
 #define MATRIX_NUMBERS 12
 #define MOST_MATRICES 3
-#define MOST_ROWS 512  // of a matrix, taken at a time for one position
+#define MOST_ROWS 504  // of a matrix, taken at a time for one position: a multiple of PANEL
 
 enum { EMBED, NORM, LINEAR, CACHE, ATTEND, ROUTE, GROUP, EXPERTS, COMBINE };
 enum { GATED = 1, LAST_POSITION = 2, EXACT = 4 };

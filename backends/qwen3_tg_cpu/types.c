@@ -260,11 +260,14 @@ static void floats(const Matrix *m, i64 row, i64 k0, i64 n, float *out) {
     }
 }
 
-// AWQ and GPTQ store columns: `out` is (n, 16), values k0 ... k0+n-1 of outputs o0 ... o0+15.
+#define PANEL 24  // outputs that are computed together for many positions
+
+// AWQ and GPTQ store columns: `out` is (n, PANEL), values k0 ... k0+n-1 of PANEL outputs from o0 on, a
+// multiple of PANEL; those beyond the last are zero.
 static void columns_AWQ(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
     const u32x8 shift = {0, 16, 4, 20, 8, 24, 12, 28};
     i64 words = m->outputs / 8, o8 = o0 / 8;
-    int have = words - o8 > 1 ? 2 : 1;
+    int have = words - o8 < PANEL / 8 ? (int)(words - o8) : PANEL / 8;
     for (i64 k = 0; k < n; k++) {
         i64 g = (k0 + k) / m->group;
         for (int j = 0; j < have; j++) {
@@ -274,17 +277,17 @@ static void columns_AWQ(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
             f8 scale;
             for (int i = 0; i < 8; i++)
                 scale[i] = scale_at(m->data[2], m->scale_type, g * m->outputs + o0 + 8 * j + i);
-            store(out + 16 * k + 8 * j, difference * scale);
+            store(out + PANEL * k + 8 * j, difference * scale);
         }
-        if (have < 2) store(out + 16 * k + 8, (f8)0.0f);
+        for (int j = have; j < PANEL / 8; j++) store(out + PANEL * k + 8 * j, (f8)0.0f);
     }
 }
 
 static void columns_GPTQ(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
     const int bits = m->bits, in_word = 32 / bits, mask = (1 << bits) - 1;
     i64 zero_words = m->outputs / in_word, last = -1;
-    int have = m->outputs - o0 < 16 ? (int)(m->outputs - o0) : 16;
-    float scale[16] = {0}, zero[16] = {0};
+    int have = m->outputs - o0 < PANEL ? (int)(m->outputs - o0) : PANEL;
+    float scale[PANEL] = {0}, zero[PANEL] = {0};
     for (i64 k = 0; k < n; k++) {
         i64 at = k0 + k, g = m->has_order ? READ(i32, m->data[3] + 4 * at) : at / m->group;
         for (int i = 0; g != last && i < have; i++) {
@@ -296,16 +299,16 @@ static void columns_GPTQ(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
         last = g;
         const u8 *words = m->data[0] + 4 * (at / in_word * m->outputs + o0);
         int shift = (int)(at % in_word) * bits;
-        if (have == 16)
-            for (int j = 0; j < 16; j += 8) {
+        if (have == PANEL)
+            for (int j = 0; j < PANEL; j += 8) {
                 u32x8 q = (READ(u32x8, words + 4 * j) >> shift) & mask;
-                store(out + 16 * k + j,
+                store(out + PANEL * k + j,
                       (__builtin_convertvector(q, f8) - load(zero + j)) * load(scale + j));
             }
         else
-            for (int i = 0; i < 16; i++) {
+            for (int i = 0; i < PANEL; i++) {
                 u32 q = i < have ? (READ(u32, words + 4 * i) >> shift) & mask : 0;
-                out[16 * k + i] = ((float)q - zero[i]) * scale[i];
+                out[PANEL * k + i] = ((float)q - zero[i]) * scale[i];
             }
     }
 }
