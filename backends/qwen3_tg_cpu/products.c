@@ -5,6 +5,8 @@
 #define CHUNK 256         // inputs decoded at a time: a panel of them is 24 KiB of a 32 KiB cache
 #define TILE 4            // positions in a tile: 12 sums, 3 values of W and one of x in 16 registers
 #define WIDE (PANEL / 8)  // vectors in a row of a panel
+#define PANELS 4          // at most, taken together
+#define BLOCK 128         // positions
 
 // One position's activations. Where `q` is there, it is x in 16 bits: x = q * scale for each 32 of
 // them, of which the 16 even ones come first. That is the order in which words of two bytes of a
@@ -283,14 +285,21 @@ static void panel(const Matrix *m, i64 o0, i64 k0, i64 n, float *rows, float *ou
     }
 }
 
-#define PANEL_FLOATS (CHUNK * (PANEL + 8))
+#define PANEL_FLOATS (PANELS * CHUNK * PANEL + 8 * CHUNK)
 
-// c (positions, PANEL) = x W^T for PANEL outputs from o0 on. `room` has PANEL_FLOATS floats.
-static void many_positions(const Matrix *m, i64 o0, i64 positions, const float *x, float *c,
-                           float *room) {
+// c (panels, positions, PANEL) = x W^T for the outputs of so many panels from o0 on. Positions come in
+// blocks, whose inputs stay in the second cache while all panels use them. `room` has PANEL_FLOATS.
+static void many_positions(const Matrix *m, i64 o0, i64 panels, i64 positions, const float *x,
+                           float *c, float *room) {
     for (i64 k = 0; k < m->inputs; k += CHUNK) {
         i64 n = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
-        panel(m, o0, k, n, room + CHUNK * PANEL, room);
-        tiles(WIDE, positions, x + k, m->inputs, room, PANEL, n, c, PANEL, k > 0);
+        for (i64 p = 0; p < panels; p++)
+            panel(m, o0 + PANEL * p, k, n, room + PANELS * CHUNK * PANEL, room + p * CHUNK * PANEL);
+        for (i64 s = 0; s < positions; s += BLOCK) {
+            i64 block = positions - s < BLOCK ? positions - s : BLOCK;
+            for (i64 p = 0; p < panels; p++)
+                tiles(WIDE, block, x + s * m->inputs + k, m->inputs, room + p * CHUNK * PANEL, PANEL, n,
+                      c + (p * positions + s) * PANEL, PANEL, k > 0);
+        }
     }
 }

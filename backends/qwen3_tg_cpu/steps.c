@@ -85,10 +85,10 @@ static void finish(Target to, i64 position, i64 output, i64 n, const float *sums
         __builtin_memcpy(out, sums, 4 * n);
 }
 
-// Rows of a matrix to take at a time for one position: enough for all threads, and not too few.
-static i64 rows_at_a_time(const Task *t, i64 outputs) {
+// Rows of a matrix to take at a time: enough for all threads, and not too few. A multiple of PANEL.
+static i64 rows_at_a_time(const Task *t, i64 outputs, i64 most) {
     i64 rows = round_up(outputs / (t->pool->threads * 4), PANEL);
-    return rows < PANEL ? PANEL : rows > MOST_ROWS ? MOST_ROWS : rows;
+    return rows < PANEL ? PANEL : rows > most ? most : rows;
 }
 
 static i64 pieces(const Matrix *m, i64 rows) { return (m->outputs + rows - 1) / rows; }
@@ -103,16 +103,23 @@ static void piece(const Matrix *m, const Matrix *up, i64 first, i64 rows, const 
     finish(to, position, output + first, n, sums, up ? ups : 0);
 }
 
-// A panel of one matrix for many positions. `own` has PANEL_FLOATS and two results of a panel.
-static void wide_piece(const Matrix *m, const Matrix *up, i64 first, i64 positions, const float *x,
-                       float *own, Target to, i64 position, i64 output) {
-    float *sums = own + PANEL_FLOATS, *ups = sums + PANEL * positions;
-    i64 n = m->outputs - first < PANEL ? m->outputs - first : PANEL;
-    many_positions(m, first, positions, x, sums, own);
-    if (up) many_positions(up, first, positions, x, ups, own);
+// Some panels of one matrix for many positions. `own` has WIDE_BYTES.
+static void wide_piece(const Matrix *m, const Matrix *up, i64 first, i64 panels, i64 positions,
+                       const float *x, float *own, Target to, i64 position, i64 output) {
+    i64 left = pieces(m, PANEL) - first / PANEL, size = PANEL * positions;
+    panels = left < panels ? left : panels;
+    float *sums = own + PANEL_FLOATS, *ups = sums + panels * size;
+    many_positions(m, first, panels, positions, x, sums, own);
+    if (up) many_positions(up, first, panels, positions, x, ups, own);
     for (i64 s = 0; s < positions; s++)
-        finish(to, position + s, output + first, n, sums + PANEL * s, up ? ups + PANEL * s : 0);
+        for (i64 p = 0, o = first; p < panels; p++, o += PANEL) {
+            i64 n = m->outputs - o < PANEL ? m->outputs - o : PANEL;
+            finish(to, position + s, output + o, n, sums + p * size + PANEL * s,
+                   up ? ups + p * size + PANEL * s : 0);
+        }
 }
+
+#define WIDE_BYTES(positions) (4 * (PANEL_FLOATS + 2 * PANELS * PANEL * (positions)))
 
 // x as it is, normed, and rounded, as is wanted, in this thread's room.
 static Activations prepared(const float *x, i64 inputs, const float *weight, float eps, int quantise,
@@ -126,7 +133,6 @@ static Activations prepared(const float *x, i64 inputs, const float *weight, flo
 }
 
 #define PREPARED_BYTES(inputs) (4 * (inputs) + 64 + ACTIVATION_BYTES(inputs))
-#define WIDE_BYTES(positions) (4 * (PANEL_FLOATS + 2 * PANEL * (positions)))
 
 // Outputs of one matrix or of up to three, side by side. GATED: silu of the first's times the
 // second's. flags, x, norm's weight (for one position) or 0, eps, out, its row, what is added or 0,
@@ -145,7 +151,7 @@ static void linear(const Task *t) {
     Target to = {at(t, 4), at(t, 6), n[5]};
     if (gated) count = 1;
     for (int i = 0; i < count; i++) outputs += m[i].outputs;
-    i64 rows = positions == 1 ? rows_at_a_time(t, outputs) : PANEL, items = 0;
+    i64 rows = rows_at_a_time(t, outputs, positions == 1 ? MOST_ROWS : PANELS * PANEL), items = 0;
     for (int i = 0; i < count; i++) items += pieces(&m[i], rows);
     u8 *own = room(t, positions == 1 ? PREPARED_BYTES(inputs) : WIDE_BYTES(positions));
     Activations a = {.x = x};
@@ -156,7 +162,7 @@ static void linear(const Task *t) {
         for (; item >= pieces(&m[i], rows); i++) item -= pieces(&m[i], rows), output += m[i].outputs;
         const Matrix *up = gated ? &m[1] : 0;
         if (positions == 1) piece(&m[i], up, item * rows, rows, &a, to, 0, output);
-        else wide_piece(&m[i], up, item * PANEL, positions, x, (float *)own, to, 0, output);
+        else wide_piece(&m[i], up, item * rows, rows / PANEL, positions, x, (float *)own, to, 0, output);
     }
 }
 
@@ -281,7 +287,7 @@ static void experts(const Task *t) {
         x = gathered;
         barrier(t->pool);
     }
-    i64 rows = rows_at_a_time(t, m[0].outputs * (t->positions == 1 ? k : 1)), last = -1;
+    i64 rows = rows_at_a_time(t, m[0].outputs * (t->positions == 1 ? k : 1), MOST_ROWS), last = -1;
     i64 each = pieces(&m[0], rows), bytes = WIDE_BYTES(t->positions);
     u8 *own = room(t, bytes > PREPARED_BYTES(inputs) ? bytes : PREPARED_BYTES(inputs));
     Activations a;
@@ -304,8 +310,11 @@ static void experts(const Task *t) {
             continue;
         }
         last = -1;  // the room is used for another purpose
-        for (i64 o = begin; o < begin + rows && o < m[0].outputs; o += PANEL)
-            wide_piece(&of[0], up, o, positions, x + pair * inputs, (float *)own, to, pair, 0);
+        for (i64 o = begin, end = begin + rows; o < end && o < m[0].outputs; o += PANELS * PANEL) {
+            i64 panels = (end - o) / PANEL;
+            wide_piece(&of[0], up, o, panels < PANELS ? panels : PANELS, positions, x + pair * inputs,
+                       (float *)own, to, pair, 0);
+        }
     }
 }
 
