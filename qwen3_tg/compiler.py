@@ -30,6 +30,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from qwen3_tg import pip_libraries
+
 OLDEST_CLANG = 16
 NEWEST_CLANG = 23
 HOW_TO_GET = (
@@ -97,10 +99,12 @@ def fingerprint() -> str:
 
 def prepare_environment() -> None:
     """Point tinygrad to the compiler, and to a kernel cache of its own for this compiler and
-    processor unless the user set CACHEDB; have it compile in this process where there can be no
+    processor unless the user set CACHEDB; to libraries that came
+    with pip; have it compile in this process where there can be no
     pool of processes. tinygrad, imported before, has already read the latter two."""
     if compiler := find_compiler():
         os.environ["CC"] = str(compiler.executable)
+    pip_libraries.point_tinygrad_to_them()
     if "tinygrad" in sys.modules:
         return
     if not _processes_can_share_locks():

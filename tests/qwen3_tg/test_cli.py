@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import json
 import os
 import pty
 import select
@@ -324,10 +325,18 @@ class TestTokenizeAndDevices:
 
     def test_devices_marks_the_one_it_would_take(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["devices"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        (chosen,) = [line for line in lines if line.startswith("*")]
-        assert "CPU" in chosen and "works" in chosen and "set by DEV" in chosen
-        assert all(" works " in line or " no " in line for line in lines)
+        out = capsys.readouterr().out
+        (chosen,) = [line for line in out.splitlines() if line.startswith("*")]
+        assert "CPU" in chosen and "works" in chosen and "ClangRenderer" in chosen
+        assert "chosen: set by DEV" in out
+        heads = [line for line in out.splitlines() if not line.startswith(" " * 10)]
+        assert all(" works " in line or " no " in line for line in heads)
+        assert main(["devices", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["chosen"] == "CPU"
+        (cpu,) = [one for one in found["devices"] if one["name"] == "CPU"]
+        assert cpu["works"] and cpu["memory_bytes"] > cpu["free_memory_bytes"] > 0
+        assert all(one["works"] or one["missing"] for one in found["devices"])
 
 
 class TestChat:

@@ -16,6 +16,8 @@ from tinygrad.helpers import Context
 from qwen3_tg import compiler, device
 from qwen3_tg.checkpoint import StoredWeight
 from qwen3_tg.dequantise import from_float16
+from qwen3_tg.device import Missing, found, memory
+from qwen3_tg.device.policy import best_dtype
 from qwen3_tg.errors import DeviceError, UsageError
 from qwen3_tg.linear import to_device
 
@@ -49,62 +51,63 @@ def test_an_unknown_dtype_is_refused_by_name() -> None:
 
 
 def test_a_dtype_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_native_formats", lambda name: frozenset({"float32"}))
+    monkeypatch.setattr(found, "native_formats", lambda name: frozenset({"float32"}))
     with pytest.raises(DeviceError, match="CPU does not compute in bfloat16"):
         device.choose("CPU", "bfloat16")
 
 
 def test_a_gpu_with_bfloat16_computes_in_it_and_one_without_in_float32() -> None:
-    assert device._best_dtype("CUDA", frozenset({"float32", "bfloat16"})) == "bfloat16"
-    assert device._best_dtype("METAL", frozenset({"float32", "float16"})) == "float32"
+    assert best_dtype("CUDA", frozenset({"float32", "bfloat16"})) == "bfloat16"
+    assert best_dtype("METAL", frozenset({"float32", "float16"})) == "float32"
 
 
 def test_by_itself_the_first_that_works_is_taken_but_no_software_opencl(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     working, names = {"CL", "CPU"}, {"CL": "pocl-haswell-AMD", "CPU": "clang"}
-    monkeypatch.setattr(device, "_problem", lambda n: None if n in working else "absent")
-    monkeypatch.setattr(device, "_describe", lambda name: names[name])
+    monkeypatch.setattr(found, "problem_of", lambda n: None if n in working else Missing("absent"))
+    monkeypatch.setattr(found, "describe", lambda name: names[name])
     with Context(DEV=""):
-        assert device._pick(None) == ("CPU", "the first that works")
+        assert found.pick(None) == ("CPU", "the first that works")
         names["CL"] = "Intel(R) Arc(TM) Graphics"
-        assert device._pick(None) == ("CL", "the first that works")
+        assert found.pick(None) == ("CL", "the first that works")
         working.clear()
         with pytest.raises(DeviceError, match=r"no device works here\. CPU: absent"):
-            device._pick(None)
+            found.pick(None)
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is unknown here")
 def test_a_model_larger_than_the_free_memory_is_refused_with_what_takes_how_much() -> None:
     policy = device.choose("CPU")
-    device.check_memory(policy, {"weights": 10**6})
+    device.check_memory(policy.device, {"weights": 10**6})
     text = r"takes 931322.9 GiB \(weights 931322.6 GiB, cache 0.3 GiB\) and [\d.]+ GiB of memory"
     with pytest.raises(DeviceError, match=text):
-        device.check_memory(policy, {"weights": 10**15, "cache": 3 * 10**8})
+        device.check_memory(policy.device, {"weights": 10**15, "cache": 3 * 10**8})
 
 
 def test_the_report_names_every_device_once_and_never_raises() -> None:
     reports = {report.name: report for report in device.reports()}
-    assert reports["CPU"].problem is None
+    assert reports["CPU"].missing is None and reports["CPU"].renderer == "ClangRenderer"
     assert {"METAL", "AMD", "CUDA", "CL", "CPU", "WEBGPU"} <= set(reports)
-    assert all(report.problem is None or "\n" not in report.problem for report in reports.values())
+    for report in reports.values():
+        assert report.missing is None or "\n" not in str(report.missing)
 
 
 def test_the_memory_limit_of_a_container_counts_and_an_unknown_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = device.choose("CPU")
-    monkeypatch.setattr(device, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(device, "_CONTAINER_LIMIT", tmp_path / "memory.max")
-    device.check_memory(policy, {"weights": 10**15})  # nothing is known
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CONTAINER_LIMIT", tmp_path / "memory.max")
+    device.check_memory(policy.device, {"weights": 10**15})  # nothing is known
     (tmp_path / "meminfo").write_text("MemTotal:  8 kB\n")
     (tmp_path / "memory.max").write_text("max\n")
-    device.check_memory(policy, {"weights": 10**15})
+    device.check_memory(policy.device, {"weights": 10**15})
     (tmp_path / "meminfo").write_text("MemTotal: 9999999 kB\nMemAvailable: 9999999 kB\n")
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
-    device.check_memory(policy, {"weights": 2**30})
+    device.check_memory(policy.device, {"weights": 2**30})
     with pytest.raises(DeviceError, match=r"2\.0 GiB \(weights 2\.0 GiB\) and 1\.0 GiB of memory"):
-        device.check_memory(policy, {"weights": 2 * 2**30})
+        device.check_memory(policy.device, {"weights": 2 * 2**30})
 
 
 @pytest.mark.parametrize("format", ["float32", "float16", "bfloat16"])

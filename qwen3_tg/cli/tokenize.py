@@ -1,14 +1,13 @@
-"""`qwen3 tokenize` and `qwen3 devices`: look at what the model would read and run on."""
+"""`qwen3 tokenize`: the tokens that the model would read."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from qwen3_tg import device as devices
 from qwen3_tg.checkpoint import locate, open_checkpoint
 from qwen3_tg.cli.arguments import read_text
-from qwen3_tg.errors import CheckpointError, DeviceError, UsageError
+from qwen3_tg.errors import CheckpointError, UsageError
 from qwen3_tg.tokenizer import Tokenizer
 
 
@@ -47,23 +46,6 @@ def _tokenizer_of(model: str) -> Path | str:
     if (tokenizer := open_checkpoint(model).tokenizer) is None:
         raise CheckpointError(f"{path}: no tokenizer in it")
     return tokenizer
-
-
-def show_devices(options: argparse.Namespace) -> None:
-    """Print every device, whether it works, its native types, and which one is chosen and why."""
-    try:
-        chosen, reason = (policy := devices.choose()).device, policy.reason
-    except DeviceError:
-        chosen, reason = None, ""
-    for report in devices.reports():
-        if report.problem:
-            print(f"  {report.name:<7} no    {report.problem}")
-        else:
-            mark = f"  <- chosen: {reason}" if report.name == chosen else ""
-            types = ", ".join(t for t in devices.DTYPE_NAMES if t in report.native)
-            print(f"{'*' if mark else ' '} {report.name:<7} works {report.what} ({types}){mark}")
-    if chosen is None:
-        raise DeviceError("no device works; the lines above say what is missing")
 
 
 def _shown(part: bytes) -> str:

@@ -1,0 +1,178 @@
+"""Which devices there are, and which of them work.
+
+A device counts as working when it could be opened and one kernel gave the right numbers on it.
+Touches tinygrad's internals: `Device`, `ALL_DEVICES`, `DEV`, a renderer's `supported_dtypes`, and
+the CPU device's `wait_timeout_ms`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_tg import compiler
+from qwen3_tg.device import missing
+from qwen3_tg.device.memory import Memory, memory_of
+from qwen3_tg.device.missing import Missing
+from qwen3_tg.device.names import DTYPE_NAMES, family, one_line
+from qwen3_tg.errors import DeviceError, UsageError
+
+# What tinygrad computes by other types, each step rounded by hand: no device has it for OpenCL C.
+_EMULATED = {"CL": ("bfloat16",)}
+# tinygrad sees a hang after 30 s.
+_CPU_PATIENCE_MS = 3_600_000.0
+# Why a device was chosen.
+ASKED, BY_DEV, FIRST = "asked for", "set by DEV", "the first that works"
+_SOFTWARE_CL = ("pocl", "llvmpipe", "cpu")  # OpenCL drivers that are the CPU, only slower
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """One device for `qwen3 devices`: `missing` is None where it works. `is_software`: it is the
+    CPU under another name, and never taken unless it is asked for."""
+
+    name: str
+    what: str = ""
+    renderer: str = ""
+    memory: Memory = field(default_factory=Memory)
+    native: frozenset[str] = frozenset()
+    missing: Missing | None = None
+    is_software: bool = False
+
+
+def reports() -> list[DeviceReport]:
+    """Every device tinygrad knows, in its order of preference, each tried with one kernel; of those
+    that work and of which there are several, each."""
+    compiler.prepare_environment()
+    from tinygrad.device import ALL_DEVICES, Device
+
+    found = []
+    for kind in ALL_DEVICES:
+        if lacking := problem_of(kind):
+            found.append(DeviceReport(kind, missing=lacking))
+            continue
+        count = Device[kind].count() if kind != "CPU" else 1
+        for name in [kind, *(f"{kind}:{number}" for number in range(1, count))]:
+            found.append(_report(name))
+    return found
+
+
+def _report(name: str) -> DeviceReport:
+    from tinygrad.device import Device
+
+    if lacking := problem_of(name):
+        return DeviceReport(name, missing=lacking)
+    return DeviceReport(
+        name,
+        describe(name),
+        type(Device[name].renderer).__name__,
+        memory_of(name),
+        native_formats(name),
+        is_software=is_software(name),
+    )
+
+
+def pick(device: str | None) -> tuple[str, str]:
+    """The device's name and why it was chosen."""
+    compiler.prepare_environment()
+    from tinygrad.device import ALL_DEVICES, Device
+    from tinygrad.helpers import DEV
+
+    asked, reason = (device, ASKED) if device else (DEV.device, BY_DEV)
+    if asked:
+        name = Device.canonicalize(asked)
+        number = name.partition(":")[2]
+        if family(name) not in ALL_DEVICES or (number and not number.isdecimal()):
+            raise UsageError(
+                f"unknown device {asked!r}; known: {', '.join(ALL_DEVICES)}, "
+                "with a number for another one of a kind (CUDA:1)"
+            )
+        if problem := problem_of(name):
+            raise DeviceError(f"device {name} does not work: {problem}")
+        return name, reason
+    problems = {}
+    for name in ALL_DEVICES:
+        problems[name] = problem_of(name)
+        if problems[name] is None and not is_software(name):
+            return name, FIRST
+    raise DeviceError(f"no device works here. CPU: {problems['CPU']}")
+
+
+def problem_of(name: str) -> Missing | None:
+    """What keeps a device from working; None if a kernel ran on it."""
+    from tinygrad import Tensor
+    from tinygrad.device import Device
+
+    if lacking := missing.before_opening(name):
+        return lacking
+    try:
+        Device[name]
+        Device[name].renderer  # noqa: B018 - the compiler is looked for here
+    except Exception as e:  # drivers fail in every way there is
+        return missing.after_failing(name, e)
+    try:
+        # no constant, for which tinygrad would first look for its default device, in all of them
+        one, other = (Tensor(values, device=name) for values in ([1.0, 2.0], [3.0, 0.5]))
+        right = (one * other).tolist() == [3.0, 1.0]
+    except Exception as e:
+        return Missing(f"a test kernel failed: {one_line(e)}")
+    return None if right else Missing("a test kernel gave wrong numbers")
+
+
+@contextlib.contextmanager
+def as_default(name: str) -> Iterator[None]:
+    """tinygrad's default device, where the user set none with DEV: or else tinygrad looks for one,
+    in all there are, whenever something has no device of its own."""
+    from tinygrad import helpers
+
+    if helpers.DEV.device:
+        yield
+        return
+    context: Any = helpers.Context
+    with context(DEV=name):
+        yield
+
+
+def native_formats(name: str) -> frozenset[str]:
+    """The float formats that a working device computes with."""
+    from tinygrad.device import Device
+
+    return formats_of(Device[name].renderer, family(name))
+
+
+def formats_of(renderer: Any, kind: str) -> frozenset[str]:
+    """Those that code of a renderer computes with on this kind of device."""
+    from tinygrad import dtypes
+
+    supported, emulated = renderer.supported_dtypes(), _EMULATED.get(kind, ())
+    return frozenset(
+        n for n in DTYPE_NAMES if n not in emulated and getattr(dtypes, n) in supported
+    )
+
+
+def be_patient(name: str) -> None:
+    """Let a step take its time: that of a big model on a CPU is longer than what tinygrad takes for
+    a hang."""
+    from tinygrad.device import Device
+
+    if family(name) == "CPU":
+        device: Any = Device[name]
+        device.wait_timeout_ms = _CPU_PATIENCE_MS
+
+
+def is_software(name: str) -> bool:
+    return family(name) == "CL" and any(word in describe(name).lower() for word in _SOFTWARE_CL)
+
+
+def describe(name: str) -> str:
+    """A device's own name, or what is known of it instead."""
+    from tinygrad.device import Device
+
+    device = Device[name]
+    if family(name) == "CPU":
+        found = compiler.find_compiler()
+        return found.version if found else ""
+    what = getattr(device, "device_name", None) or getattr(device, "arch", None)
+    return str(what or device.renderer.target.arch or type(device.renderer).__name__)

@@ -1,0 +1,20 @@
+"""Names that devices and their types go by. Knows nothing of tinygrad."""
+
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+# How a CPU computes: "fast" and "exact" by its own kernels (backends/qwen3_tg_cpu), "exact" without
+# rounding activations to 16 bits, "generic" by tinygrad's lowering, as every other device does.
+KERNELS = ("fast", "exact", "generic")
+
+
+def family(name: str) -> str:
+    """CUDA, of CUDA:1"""
+    return name.partition(":")[0]
+
+
+def gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def one_line(e: BaseException) -> str:
+    """Of a driver's error, what fits in a line."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
