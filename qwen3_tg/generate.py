@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 
 import numpy as np
@@ -25,6 +25,7 @@ from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.linear import DTYPES
 from qwen3_tg.sampling import Sampling, sample
 from qwen3_tg.step_graph import StepGraph
+from qwen3_tg.tuning import Tuning
 
 # Positions whose logits are computed together where all are wanted: they are large.
 _EVERY_CHUNK = 64
@@ -45,10 +46,13 @@ class Engine:
         policy: Policy,
         context: int,
         kernels: KernelCache,
+        tuning: Tuning,
     ):
         self.context = context
         self.forward, self.kernels, self._vocab_size = forward, kernels, config.vocab_size
         self._device, self._chunk = policy.device, policy.prefill_chunk
+        # around the capture of a graph; `qwen3 tune` searches instead
+        self.lowering: Callable[[], AbstractContextManager[None]] = tuning.applied
         # The last chunk of a full context reaches past its end with padding.
         limit = context + policy.prefill_chunk
         self._cache = KVCache(config, limit, DTYPES[policy.kv_dtype], policy.device)
@@ -135,7 +139,7 @@ class Engine:
         if not known:
             size, every = self._size(kind), kind == "all"
             self._graphs[kind] = StepGraph(self.forward, self._cache, self._device, size, every)
-        with nullcontext() if known else self.kernels.reporting():
+        with nullcontext() if known else self._capturing():
             logits = self._graphs[kind](new, start)
         if not known:
             self.kernels.save()
@@ -145,6 +149,11 @@ class Engine:
                 "or numbers overflow there; try --dtype float32, or another --device"
             )
         return logits
+
+    @contextmanager
+    def _capturing(self) -> Iterator[None]:
+        with self.kernels.reporting(), self.lowering():
+            yield
 
 
 class Generation(Iterator[int]):

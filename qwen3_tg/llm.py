@@ -11,7 +11,7 @@ import gc
 import hashlib
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -138,6 +138,10 @@ class LLM:
             ids |= {added[t] for t in ("<|im_end|>",) if t in added and t in template}
             ids |= {added[t] for t in ("<|endoftext|>",) if t in added}
         return frozenset(ids)
+
+    def lower_by(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Capture graphs within another context than that which applies what was tuned."""
+        self._engine.lowering = context
 
     @property
     def cache_capacity(self) -> int:
@@ -381,19 +385,21 @@ def _start_engine(
     from qwen3_tg.linear import DTYPES, to_device
     from qwen3_tg.model import Qwen3
     from qwen3_tg.rope import rope_table
+    from qwen3_tg.tuning import for_policy
 
     # one file of kernels for each kind of model, so that none is loaded in vain
     config, stored = checkpoint.config, checkpoint.weights
     kinds = [(weight.format, *weight.params.items()) for weight in stored.values()]
     how = (policy.device, policy.dtype, policy.kv_dtype, policy.prefill_chunk, policy.kernels)
-    shape = hashlib.sha256(f"{config} {kinds} {how}".encode()).hexdigest()[:16]
+    tuning = for_policy(policy)
+    shape = hashlib.sha256(f"{config} {kinds} {how} {tuning.fingerprint}".encode()).hexdigest()[:16]
     name = f"{compiler.fingerprint()}-{shape}"
     programs = KernelCache(compiler.cache_dir(), name)
     programs.load()
 
     factor = load_factor(policy) or 1.0
     plan = make_plan(ModelSize.of(config, stored), policy, context, factor)
-    devices.check_memory(policy, plan.first_parts)
+    devices.check_memory(policy.device, plan.first_parts)
     weights, done, shared = {}, 0, devices.shares_memory(policy)
     for weight_name, weight in stored.items():
         weights[weight_name] = to_device(weight, policy.device, policy.native, shared)
@@ -406,4 +412,4 @@ def _start_engine(
     kernels = devices.own_kernels(policy)
     forward = Fast(model, kernels) if kernels else Lowered(model)
     used_there = sum(array.nbytes for weight in weights.values() for array in weight.shared)
-    return Engine(config, forward, policy, context, programs), used_there
+    return Engine(config, forward, policy, context, programs, tuning), used_there

@@ -36,6 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write what the tests of formats measured to this JSON file",
     )
+    parser.addoption(
+        "--all-targets",
+        action="store_true",
+        help="fail where a target's compiler or driver is missing, instead of skipping",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -44,6 +44,8 @@ _SCALES = {"AWQ": 2, "GPTQ": 2, "FP8": 1, "MLX": 1}  # which of them the scales 
 _FLOAT_TYPES = {dtypes.float32: 0, dtypes.float16: 1, dtypes.bfloat16: 2, dtypes.uint16: 2}
 # In the order of the enums in steps.c.
 _EMBED, _NORM, _LINEAR, _CACHE, _ATTEND, _ROUTE, _GROUP, _EXPERTS, _COMBINE = range(9)
+# The functions there that do them.
+_FUNCTIONS = "embed norm linear cache attend route group_pairs experts combine".split()
 _GATED, _LAST_POSITION, _EXACT = 1, 2, 4
 _STEP_NUMBERS = 52
 _MOST_PARTS = 64  # as in attention.c
@@ -177,7 +179,10 @@ class Steps:
         self._kernels, self._ids, self._at, self._eps = kernels, ids, at, _bits(eps)
         self._S = int(ids.shape[1])
         self._numbers: list[int] = []
-        self._nbytes = 0
+        self._nbytes = self._told_nbytes = 0
+        self.described: list[tuple[str, int]] = []
+        """Of each step so far, the C function that does it, and the bytes of weights it reads for
+        one position."""
 
     def embed(self, weight: Matrix) -> int:
         """Rows of the embedding."""
@@ -341,6 +346,8 @@ class Steps:
 
     def _add(self, step: int, *numbers: int) -> None:
         assert len(numbers) < _STEP_NUMBERS
+        self.described.append((_FUNCTIONS[step], self._nbytes - self._told_nbytes))
+        self._told_nbytes = self._nbytes
         self._numbers += [step, *numbers, *[0] * (_STEP_NUMBERS - 1 - len(numbers))]
 
     def _run(self, out: Tensor, numbers: Sequence[int] | None = None) -> Tensor:

@@ -67,19 +67,23 @@ def random_checkpoint(shape: str, form: str) -> Checkpoint:
 
 def checkpoint_of_config(config: ModelConfig, form: str, name: str) -> Checkpoint:
     """Random weights for a config, in a form of plan/forms.py."""
-    weights: dict[str, StoredWeight] = {
-        key: RandomWeight(w.format, w.shape, _Random(w.format, w.arrays), w.params)
-        for key, w in stored_as(config, form).items()
-    }
     return Checkpoint(
         path=Path(f"{name} of random weights in {form}"),
         config=config,
         generation=GenerationConfig(),
-        weights=weights,
+        weights=with_random_values(stored_as(config, form)),
         tokenizer=None,
         chat_template=None,
         special_tokens={},
     )
+
+
+def with_random_values(weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """For weights of which only the shapes are known."""
+    return {
+        name: RandomWeight(w.format, w.shape, _Random(w.format, w.arrays), w.params)
+        for name, w in weights.items()
+    }
 
 
 def _sample(format: str, name: str, absent: np.ndarray) -> np.ndarray:

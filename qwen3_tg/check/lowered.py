@@ -15,6 +15,7 @@ from qwen3_tg.kv_cache import LayerCache
 from qwen3_tg.linear import DTYPES, Embedding, Linear, Weight
 from qwen3_tg.model import Block, RMSNorm
 from qwen3_tg.step_graph import capture_at_once, write
+from qwen3_tg.tuning import for_policy
 
 Judge = Callable[[str, np.ndarray], np.ndarray]
 """Told a step's name and the device's value in the reference's shape; gives the right one."""
@@ -53,7 +54,7 @@ class LoweredLayer:
         given, graph = self._graphs[S]
         write(given, _pad(x, (S, x.shape[1])))
         at = UOp.variable("start_pos", 0, self._capacity - S).bind(start_pos)
-        with as_default(self._policy.device):
+        with as_default(self._policy.device), for_policy(self._policy).applied():
             return _numpy(graph(at))[0, ::-1][: len(x)]
 
     def _captured(self, S: int, D: int) -> tuple[Tensor, Callable[[UOp], Tensor]]:

@@ -15,13 +15,15 @@ from qwen3_tg.errors import UsageError
 COMMANDS = {
     "generate": "generate:generate",
     "chat": "chat:chat",
-    "tokenize": "inspect:tokenize",
-    "devices": "inspect:show_devices",
+    "tokenize": "tokenize:tokenize",
+    "devices": "devices:show",
     "plan": "plan:plan",
     "pull": "pull:pull",
     "quantize": "quantize:quantize",
     "bench": "bench:bench",
     "check": "check:run",
+    "kernels": "kernels:kernels",
+    "tune": "tune:tune",
 }
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
@@ -37,6 +39,8 @@ Qwen3 on whatever hardware you have.
   qwen3 quantize MODEL OUT.gguf     make a model smaller
   qwen3 bench MODEL                 measure how fast it is here
   qwen3 check MODEL                 see whether this machine computes it right
+  qwen3 kernels MODEL               read the kernels that the model becomes
+  qwen3 tune MODEL                  search faster kernels for this device, once
 """
 
 
@@ -135,13 +139,17 @@ def _add_run(parser: _Parser) -> None:
     run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
 
 
-def _add_device(run: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def _add_device(
+    run: argparse.ArgumentParser | argparse._ArgumentGroup, context: bool = True
+) -> None:
     run.add_argument("--device", metavar="D", help="CPU, METAL, AMD, CUDA ... (see: qwen3 devices)")
     run.add_argument(
         "--dtype",
         choices=DTYPE_NAMES,
         help="what it computes in; by default the best the device does well",
     )
+    if not context:
+        return
     run.add_argument(
         "--context",
         type=int,
@@ -270,6 +278,15 @@ def _add_quantize(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON")
 
 
+def _add_devices(parser: _Parser) -> None:
+    parser.description = (
+        "Show every device that tinygrad knows: whether it works here, which one is taken and\n"
+        "why, and what the others lack, with the command that gets it."
+    )
+    parser.add_argument("--device", metavar="D", help="say what is missing of this one, or take it")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
 def _add_bench(parser: _Parser) -> None:
     parser.description = (
         "Measure how fast a model reads prompts and writes tokens, as llama-bench does. With\n"
@@ -317,14 +334,61 @@ def _add_check(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs, with every step")
 
 
+def _add_kernels_command(parser: _Parser) -> None:
+    parser.description = (
+        "Show each operation of a layer with the kernels it becomes: source, bytes, operations,\n"
+        "and time where it runs. With --target they are those of a device that is not here,\n"
+        "lowered and, where its compiler is installed, compiled. Exit code 1: one did not compile."
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="as --model elsewhere, or a released name; tiny"
+    )
+    parser.add_argument("--layer", type=int, default=0, metavar="N", help="which one (0)")
+    parser.add_argument("--quant", metavar="Q", help="as if it were stored so: q4_k_m, bf16 ...")
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="T",
+        help="CUDA:sm_90, AMD:gfx1100, METAL:Apple7 ... or several, or all",
+    )
+    _add_device(parser, context=False)
+    _add_kernels(parser)
+    parser.add_argument("--source", action="store_true", help="print the sources too")
+    parser.add_argument("--html", metavar="FILE", help="write a page with sources side by side")
+    parser.add_argument("--json", action="store_true", help="for programs, with the sources")
+
+
+def _add_tune(parser: _Parser) -> None:
+    parser.description = (
+        "Search faster ways to lower the kernels of a model on this device. What is found is kept\n"
+        "and used from then on, and can be given to another machine with the same device. Ctrl-C\n"
+        "keeps what was found so far."
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="as --model elsewhere; tiny")
+    parser.add_argument("--shape", metavar="NAME", help="a released model's shape: Qwen3-8B")
+    parser.add_argument("--quant", metavar="Q", help="how --shape stores weights (default: bf16)")
+    _add_device(parser)
+    parser.add_argument("--kv-dtype", choices=DTYPE_NAMES, help="of the cache of keys and values")
+    parser.add_argument("--kernels", choices=("generic",), help="needed on a CPU")
+    parser.add_argument("--beam", type=int, default=4, metavar="N", help="ways kept a step (4)")
+    parser.add_argument(
+        "--minutes", type=float, default=60, metavar="M", help="stop searching after so long (60)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--export", dest="export_to", metavar="FILE", help="write what is known")
+    form.add_argument("--import", dest="import_from", metavar="FILE", help="take what is in FILE")
+
+
 # Commands that take none of the options of a run.
 _OWN_ARGUMENTS: dict[str | None, Callable[[_Parser], None]] = {
-    "devices": lambda parser: None,
+    "devices": _add_devices,
     "plan": _add_plan,
     "pull": _add_pull,
     "quantize": _add_quantize,
     "bench": _add_bench,
     "check": _add_check,
+    "kernels": _add_kernels_command,
+    "tune": _add_tune,
 }
 
 

@@ -114,6 +114,18 @@ def loading() -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A line that counts, on a terminal. Gives a function to call with how many of all are done."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what, spinner="dots") as status:
+        yield lambda done, total: status.update(f"{what}, {done} of {total}")
+
+
 def stream(pieces: Iterator[Piece], show: Callable[[Piece], None], llm: LLM) -> None:
     """Show all pieces; on a terminal a sign of life stands there until the first one."""
     with _waiting(llm):

@@ -31,7 +31,7 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 class Source:
     """A model to plan for. `where` says where it was found. `form` is a key of FORMS, or None where
     the weights are those of a file; `is_open` says that the user left the format open: a bare name,
-    for which every format is of interest."""
+    for which every format is of interest. `is_here`: the weights can be read."""
 
     name: str
     where: str
@@ -40,6 +40,7 @@ class Source:
     form: str | None
     is_open: bool = False
     notes: tuple[str, ...] = ()
+    is_here: bool = False
 
 
 def find_source(model: str, form_is_given: bool, note: Callable[[str], None]) -> Source:
@@ -65,7 +66,13 @@ def find_source(model: str, form_is_given: bool, note: Callable[[str], None]) ->
             return _from_table(released, f"{remote}; taken from the built-in table instead")
     checkpoint = open_checkpoint(model)
     return Source(
-        model, str(path), checkpoint.config, checkpoint.weights, None, notes=checkpoint.notes
+        model,
+        str(path),
+        checkpoint.config,
+        checkpoint.weights,
+        None,
+        notes=checkpoint.notes,
+        is_here=True,
     )
 
 

@@ -13,7 +13,8 @@ from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import Context
 
 import qwen3_tg
-from qwen3_tg import device, kv_sizes
+from qwen3_tg import kv_sizes
+from qwen3_tg.device import policy
 from qwen3_tg.errors import ContextError, DeviceError, UsageError
 from qwen3_tg.forward import Fast
 from qwen3_tg.generate import Engine, Generation
@@ -27,7 +28,7 @@ def new_engine(kernels: str, context: int | None = None) -> Engine:
     """With chunks of 32 positions."""
     path = str(load_golden(GOLDEN_NAME).path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "_PREFILL_CHUNK_FAST", 32)
+        patch.setattr(policy, "_PREFILL_CHUNK_FAST", 32)
         return qwen3_tg.load(path, context=context, kernels=kernels)._engine
 
 

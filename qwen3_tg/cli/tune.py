@@ -1,0 +1,110 @@
+"""`qwen3 tune`: search faster ways to lower a model's kernels on a device, once; keep them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen3_tg import device as devices
+from qwen3_tg import tuning
+from qwen3_tg.bench.first_token import load_or_make
+from qwen3_tg.bench.measure import measure
+from qwen3_tg.cli import terminal
+from qwen3_tg.errors import UsageError, check_count
+
+_ROUNDS, _NEW = 3, 16
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Search, or give away or take what was found."""
+    policy = devices.choose(options.device, options.dtype, options.kv_dtype, options.kernels)
+    if policy.kernels != "generic":
+        raise UsageError(
+            "the CPU's own kernels are not lowered by tinygrad, so there is nothing to search; "
+            "--kernels generic tunes the others, which are slower"
+        )
+    kind = tuning.Kind.of(policy.device)
+    if options.export_to:
+        _export(tuning.load(kind), Path(options.export_to))
+    elif options.import_from:
+        _import(kind, Path(options.import_from))
+    else:
+        _search(options, kind)
+
+
+def _export(found: tuning.Tuning, path: Path) -> None:
+    if not found.ways:
+        raise UsageError("nothing was tuned for this device yet: qwen3 tune MODEL")
+    tuning.write(path, found)
+    print(f"{path}: {_count(found)} for {found.kind.what} ({found.kind.renderer})")
+
+
+def _import(kind: tuning.Kind, path: Path) -> None:
+    found = tuning.read(path, kind)
+    kept = tuning.load(kind)
+    before = set(kept.ways)
+    kept.ways |= found.ways
+    kept.seconds |= found.seconds
+    tuning.save(kept)
+    print(f"{path}: {len(set(kept.ways) - before)} kernels are new; now {_count(kept)}")
+
+
+def _search(options: argparse.Namespace, kind: tuning.Kind) -> None:
+    check_count("--beam", options.beam, least=1)
+    if not options.minutes > 0:
+        raise UsageError(f"--minutes must be more than 0, found {options.minutes}")
+    if options.shape is not None and options.model is not None:
+        raise UsageError("give a MODEL or --shape, not both")
+    keys = ("device", "dtype", "kv_dtype", "kernels", "shape", "context")
+    what = {key: getattr(options, key) for key in keys}
+    what |= {"model": options.model or "tiny", "quant": options.quant or "bf16"}
+    before = _speeds(what)
+    until = time.monotonic() + 60 * options.minutes
+    found = tuning.load(kind)
+    known = set(found.ways)
+    left: set[int] = set()
+    with terminal.loading() as on_progress:
+        llm = load_or_make(what, on_progress)
+    llm.lower_by(lambda: _told(found, options.beam, until, left))
+    measure(llm, [llm.policy.prefill_chunk], [1], [0], 1)
+    del llm
+    after = _speeds(what)
+    new = [key for key in found.ways if key not in known]
+    better = [key for key in new if found.ways[key]]
+    print(f"{len(new)} kernels were searched, {len(better)} became faster; now {_count(found)}")
+    if left:
+        print(f"{len(left)} were left for want of time: run it again to go on")
+    for name, speed in after.items():
+        print(f"{name}: {before[name]:.2f} -> {speed:.2f} tokens/s ({speed / before[name]:.2f})")
+
+
+@contextlib.contextmanager
+def _told(found: tuning.Tuning, beam: int, until: float, left: set[int]) -> Iterator[None]:
+    began = time.monotonic()
+
+    def on_kernel(number: int, total: int, outcome: str) -> None:
+        if "no time" in outcome:
+            left.add(number)
+        each = (time.monotonic() - began) / number
+        terminal.note(
+            f"kernel {number} of {total}: {outcome}; about {each * (total - number):.0f} s left"
+        )
+
+    with found.searching(beam, until, on_kernel):
+        yield
+
+
+def _speeds(what: dict[str, Any]) -> dict[str, float]:
+    """Tokens a second of a prompt and of decoding."""
+    llm = load_or_make(what)
+    rows = measure(llm, [llm.policy.prefill_chunk], [_NEW], [0], _ROUNDS)
+    return {row.name: row.median for row in rows}
+
+
+def _count(found: tuning.Tuning) -> str:
+    own = sum(map(bool, found.ways.values()))
+    return f"{len(found.ways)} kernels are known, {own} in a way of their own"
