@@ -17,6 +17,7 @@ from tinygrad.dtype import DType
 from qwen3_tg import dequantise
 from qwen3_tg.checkpoint import StoredWeight, unpack
 from qwen3_tg.checkpoint.types import BLOCKS, FLOATS, TABLE_BLOCKS
+from qwen3_tg.device import takes_read_only
 
 DTYPES: dict[str, DType] = {
     "float32": dtypes.float32,
@@ -72,6 +73,8 @@ def to_device(
         host = array.view(np.int16) if lacks_half else array
         if not host.flags.c_contiguous:
             host = np.ascontiguousarray(host)
+        if not host.flags.writeable and not takes_read_only(device):
+            host = host.copy()
         if shared:
             dtype = getattr(dtypes, host.dtype.name)
             arrays[name] = Tensor.from_blob(

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+_KIND = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+# Dawn's wheel has all systems' libraries.
+_DAWN = "libwebgpu_dawn" + (f"_{platform.machine()}" if os.name != "nt" else "") + _KIND
 # Variable: the package that has it, its folder there, and the file's pattern. Wheels for CUDA 13
 # have one folder for all.
 _FILES = {
-    "WEBGPU_PATH": (("pydawn", "lib", "*webgpu_dawn*"),),
+    "WEBGPU_PATH": (("pydawn", "lib", _DAWN),),
     "NVRTC_PATH": (
         ("nvidia", "cuda_nvrtc/lib", "libnvrtc.so.*"),
         ("nvidia", "cu13/lib", "libnvrtc.so.*"),

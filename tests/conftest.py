@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Read by tinygrad when it is first imported. Tests that need another device start a process.
 os.environ["DEV"] = "CPU"
@@ -22,6 +25,7 @@ from qwen3_tg.compiler import prepare_environment
 
 prepare_environment()  # tests import tinygrad themselves
 
+_ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
@@ -143,3 +147,47 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> N
         f"max abs error {difference.max():.3g} > {tolerance:.3g}, max relative {relative:.3g}, "
         f"argmax agrees at {agree:.1%}"
     )
+
+
+# What a target needs may not be installed: then its tests skip and say why, or fail where
+# --all-targets says that everything should be there.
+
+
+@pytest.fixture
+def absent(request: pytest.FixtureRequest) -> Callable[[str], NoReturn]:
+    """To call with what is missing."""
+
+    def call(reason: str) -> NoReturn:
+        if request.config.getoption("--all-targets"):
+            pytest.fail(f"should be installed: {reason}")
+        pytest.skip(reason)
+
+    return call
+
+
+@pytest.fixture
+def needs_device(absent: Callable[[str], NoReturn]) -> Callable[[str], None]:
+    """To call with a DEV that the test runs on."""
+
+    def call(dev: str) -> None:
+        if problem := _problem(dev):
+            absent(f"{dev}: {problem}")
+
+    return call
+
+
+@cache
+def _problem(dev: str) -> str | None:
+    """As `qwen3 devices` says it, in a process with this DEV."""
+    code = (
+        "import json, sys; from qwen3_tg import compiler; compiler.prepare_environment()\n"
+        "from qwen3_tg.device.found import problem_of\n"
+        "print(json.dumps(str(problem_of(sys.argv[1]))))"
+    )
+    paths = [str(_ROOT), str(_ROOT / "backends")]
+    environment = os.environ | {"DEV": dev, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code, dev.partition(":")[0]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: str = json.loads(done.stdout.splitlines()[-1])
+    return None if found == "None" else found

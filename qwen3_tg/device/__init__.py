@@ -12,6 +12,7 @@ from qwen3_tg.device.memory import (
     free_unused,
     memory_of,
     shares_scratch,
+    takes_read_only,
 )
 from qwen3_tg.device.missing import Missing
 from qwen3_tg.device.names import DTYPE_NAMES, KERNELS
@@ -44,5 +45,6 @@ __all__ = [
     "reports",
     "shares_memory",
     "shares_scratch",
+    "takes_read_only",
     "working_policies",
 ]

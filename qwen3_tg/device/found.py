@@ -8,6 +8,7 @@ the CPU device's `wait_timeout_ms`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,6 @@ _EMULATED = {"CL": ("bfloat16",)}
 _CPU_PATIENCE_MS = 3_600_000.0
 # Why a device was chosen.
 ASKED, BY_DEV, FIRST = "asked for", "set by DEV", "the first that works"
-_SOFTWARE_CL = ("pocl", "llvmpipe", "cpu")  # OpenCL drivers that are the CPU, only slower
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,17 @@ def be_patient(name: str) -> None:
 
 
 def is_software(name: str) -> bool:
-    return family(name) == "CL" and any(word in describe(name).lower() for word in _SOFTWARE_CL)
+    """Whether an OpenCL device is the CPU."""
+    if family(name) != "CL":
+        return False
+    from tinygrad.device import Device
+    from tinygrad.runtime.autogen import opencl
+
+    device: Any = Device[name]
+    type, size = ctypes.c_uint64(), ctypes.sizeof(ctypes.c_uint64)
+    what = opencl.CL_DEVICE_TYPE
+    failed = opencl.clGetDeviceInfo(device.cl_dev, what, size, ctypes.byref(type), None)
+    return not failed and bool(type.value & opencl.CL_DEVICE_TYPE_CPU)
 
 
 def describe(name: str) -> str:

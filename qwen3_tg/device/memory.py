@@ -63,6 +63,12 @@ def free_unused(name: str) -> None:
         device.allocator.free_cache()
 
 
+def takes_read_only(name: str) -> bool:
+    """Whether tinygrad copies to the device from memory that cannot be written, as that of mapped
+    files: for drivers it takes the address in a way that Python refuses then."""
+    return family(name) == "CPU"
+
+
 def shares_scratch(name: str) -> bool:
     """Whether tinygrad lets the values of a graph take each other's place in memory."""
     return family(name) not in _WITHOUT_MEMORY_PLANNER
