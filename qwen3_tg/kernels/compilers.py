@@ -6,6 +6,7 @@ Touches tinygrad's internals: its compilers.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from qwen3_tg.device.names import one_line
 from qwen3_tg.kernels.targets import Target
 
 _METAL_HEADER = Path(__file__).with_name("metal_stdlib.h")
-_OPENCL_HEADER = "opencl-c-base.h"
+_OPENCL_HEADER = Path(__file__).with_name("opencl_base.h")
+_METAL_VECTOR = re.compile(r"\b((?:float|half|bfloat|u?(?:int|short|char|long))[24])\(")
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,17 @@ def _hip(arch: str) -> TargetCompiler:
 def _opencl(arch: str) -> TargetCompiler:
     """clang to LLVM's code for SPIR-V, as OpenCL drivers that are made of it begin."""
     found = _clang()
-    half = [] if "cl_khr_fp16" in arch else ["-cl-ext=-cl_khr_fp16"]
-    flags = ["-x", "cl", "-cl-std=CL1.2", "--target=spir64", "-Xclang", "-finclude-default-header"]
-    flags += ["-Xclang", "-fdeclare-opencl-builtins", *half, "-emit-llvm", "-c", "-O1"]
+    half = f"-cl-ext={'+' if 'cl_khr_fp16' in arch else '-'}cl_khr_fp16"
+    flags = [
+        "-x",
+        "cl",
+        "-cl-std=CL1.2",
+        "--target=spir64",
+        "-cl-no-stdinc",
+        "-include",
+        str(_OPENCL_HEADER),
+    ]
+    flags += ["-Xclang", half, "-emit-llvm", "-c", "-O1"]
     return TargetCompiler(found.version, lambda text: _run_clang(found, flags, text))
 
 
@@ -108,6 +118,7 @@ def _metal(arch: str) -> TargetCompiler:
 
     def check(text: str) -> None:
         lines = text.replace("#include <metal_stdlib>", "").replace("using namespace metal;", "")
+        lines = _METAL_VECTOR.sub(r"make_\1(", lines)
         _run_clang(found, ["-x", "c++", "-std=c++17", "-fsyntax-only"], header + lines)
 
     return TargetCompiler(f"{found.version}, syntax and types", check, compiles=False)

@@ -10,10 +10,13 @@ typedef unsigned char uchar;
 typedef unsigned long ulong;
 typedef _Float16 half;
 typedef __bf16 bfloat;
-#define VECTORS(T)                                   \
-    typedef T T##2 __attribute__((ext_vector_type(2))); \
-    typedef T T##3 __attribute__((ext_vector_type(3))); \
-    typedef T T##4 __attribute__((ext_vector_type(4)));
+// Metal's constructors float2(a, b) are called make_float2(a, b) before clang sees them.
+#define VECTORS(T)                                                        \
+    typedef T T##2 __attribute__((ext_vector_type(2)));                   \
+    typedef T T##3 __attribute__((ext_vector_type(3)));                   \
+    typedef T T##4 __attribute__((ext_vector_type(4)));                   \
+    static inline T##2 make_##T##2(T a, T b) { return (T##2){a, b}; }     \
+    static inline T##4 make_##T##4(T a, T b, T c, T d) { return (T##4){a, b, c, d}; }
 VECTORS(float) VECTORS(half) VECTORS(int) VECTORS(uint) VECTORS(short) VECTORS(ushort)
 VECTORS(char) VECTORS(uchar) VECTORS(long) VECTORS(ulong) VECTORS(bfloat)
 #undef VECTORS
@@ -23,6 +26,8 @@ template <typename To, typename From> To as_type(From value) {
     static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
     return __builtin_bit_cast(To, value);
 }
+#define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
 template <typename T> struct same { using type = T; };
 #define ONE(name) template <typename T> T name(T x);
 ONE(exp2) ONE(log2) ONE(sqrt) ONE(rsqrt) ONE(trunc) ONE(floor) ONE(ceil) ONE(abs) ONE(isnan)
