@@ -28,6 +28,7 @@ from qwen3_tg.device.names import family, one_line
 from qwen3_tg.errors import UsageError
 
 _FORMAT = 1
+NO_TIME = "left as it is: no time left"  # what came of a kernel that was not searched
 _TIMES = 5
 Way = list[tuple[str, int | None, Any]]
 """Optimisations in order, each as tinygrad's Opt: op, axis, argument."""
@@ -90,7 +91,7 @@ class Tuning:
                 if key in self.ways:
                     on_kernel(number, len(sinks), "known")
                 elif time.monotonic() > until:
-                    on_kernel(number, len(sinks), "left as it is: no time left")
+                    on_kernel(number, len(sinks), NO_TIME)
                 else:
                     on_kernel(number, len(sinks), self._search(key, sink, beam))
                     save(self)

@@ -59,6 +59,8 @@ def _search(options: argparse.Namespace, kind: tuning.Kind) -> None:
         raise UsageError(f"--minutes must be more than 0, found {options.minutes}")
     if options.shape is not None and options.model is not None:
         raise UsageError("give a MODEL or --shape, not both")
+    if options.shape is None and options.quant is not None:
+        raise UsageError("--quant is for --shape: a MODEL is tuned as it is stored")
     keys = ("device", "dtype", "kv_dtype", "kernels", "shape", "context")
     what = {key: getattr(options, key) for key in keys}
     what |= {"model": options.model or "tiny", "quant": options.quant or "bf16"}
@@ -66,7 +68,7 @@ def _search(options: argparse.Namespace, kind: tuning.Kind) -> None:
     until = time.monotonic() + 60 * options.minutes
     found = tuning.load(kind)
     known = set(found.ways)
-    left: set[int] = set()
+    left: list[int] = []
     with terminal.loading() as on_progress:
         llm = load_or_make(what, on_progress)
     llm.lower_by(lambda: _told(found, options.beam, until, left))
@@ -83,12 +85,13 @@ def _search(options: argparse.Namespace, kind: tuning.Kind) -> None:
 
 
 @contextlib.contextmanager
-def _told(found: tuning.Tuning, beam: int, until: float, left: set[int]) -> Iterator[None]:
+def _told(found: tuning.Tuning, beam: int, until: float, left: list[int]) -> Iterator[None]:
     began = time.monotonic()
 
     def on_kernel(number: int, total: int, outcome: str) -> None:
-        if "no time" in outcome:
-            left.add(number)
+        if outcome == tuning.NO_TIME:
+            left.append(number)
+            return
         each = (time.monotonic() - began) / number
         terminal.note(
             f"kernel {number} of {total}: {outcome}; about {each * (total - number):.0f} s left"

@@ -1,5 +1,6 @@
 """A layer in real shapes, rendered for GPUs that are not here, and all of it compiled: a chunk of a
-prompt and one position, in bfloat16 (where the target has it) and in 4 bits, dense and experts."""
+prompt and one position, in bfloat16 (where the target has it); for one of each kind also in 4 bits
+and with experts."""
 
 from __future__ import annotations
 
@@ -25,8 +26,16 @@ def test_every_target_is_tried() -> None:
     assert sorted([*COMPILED, *CHECKED, *LOWERED]) == sorted(TARGETS)
 
 
-@pytest.mark.parametrize("form", ["bf16", "q4_k_m"])
-@pytest.mark.parametrize("name", [*COMPILED, *CHECKED])
+IN_FOUR_BITS = ["CUDA:sm_90", "PTX:sm_90", "AMD:gfx1100", "OPENCL", "METAL:Apple7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, "bf16") for name in [*COMPILED, *CHECKED]),
+        *((name, "q4_k_m") for name in IN_FOUR_BITS),
+    ],
+)
 def test_all_kernels_of_a_layer_compile(
     name: str, form: str, absent: Callable[[str], NoReturn]
 ) -> None:
