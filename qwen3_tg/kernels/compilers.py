@@ -44,7 +44,8 @@ def compiler_for(target: Target) -> TargetCompiler | str:
     try:
         return make(target.arch)
     except Exception as e:  # libraries are missing in every way there is
-        return one_line(e)
+        how = _HOW_TO_GET.get(target.renderer)
+        return one_line(e) + (f" ({how})" if how else "")
 
 
 def _nvrtc(arch: str) -> TargetCompiler:
@@ -124,6 +125,12 @@ def _metal(arch: str) -> TargetCompiler:
     return TargetCompiler(f"{found.version}, syntax and types", check, compiles=False)
 
 
+_PIP = "pip install 'qwen3-tg[targets]'"
+_HOW_TO_GET = {
+    "CUDARenderer": _PIP,
+    "PTXRenderer": _PIP,
+    "AMDLLVMRenderer": "install LLVM 18 or newer, Debian: sudo apt install libllvm19",
+}
 _MAKERS: dict[str, Callable[[str], TargetCompiler]] = {
     "CUDARenderer": _nvrtc,
     "PTXRenderer": _nvjitlink,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from qwen3_tg import compiler
 from qwen3_tg.device import Policy, formats_of
 from qwen3_tg.errors import UsageError
 
@@ -82,6 +83,7 @@ def find_target(typed: str) -> Target:
 
 def renderer_of(target: Target) -> Any:
     """tinygrad's renderer for a target, whose compiler gives the text back."""
+    compiler.prepare_environment()
     from tinygrad.helpers import Target as TinygradTarget
 
     module = import_module(f"tinygrad.renderer.{target.module}")
