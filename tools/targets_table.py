@@ -136,6 +136,7 @@ def lower(row: Row) -> Result | None:
             outcomes.append("lowered")
         else:
             outcomes.append("compiled" if words.startswith("compiled") else "checked")
+        words = words.removeprefix("compiled by ").removeprefix("lowered; ")
         details.append(f"{target}: {words}")
     if not outcomes:
         return None

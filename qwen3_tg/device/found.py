@@ -179,9 +179,10 @@ def is_software(name: str) -> bool:
 def describe(name: str) -> str:
     """A device's own name, or what is known of it instead."""
     from tinygrad.device import Device
+    from tinygrad.renderer.cstyle import ClangRenderer
 
     device = Device[name]
-    if family(name) == "CPU":
+    if isinstance(device.renderer, ClangRenderer):
         found = compiler.find_compiler()
         return found.version if found else ""
     what = getattr(device, "device_name", None) or getattr(device, "arch", None)

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -85,9 +85,16 @@ def _llvm(arch: str) -> TargetCompiler:
 
 
 def _hip(arch: str) -> TargetCompiler:
+    """AMD's comgr, or the clang it is made of, to the GPU's assembly."""
     from tinygrad.runtime.support.compiler_amd import HIPCompiler
 
-    return TargetCompiler("AMD's comgr", _by(HIPCompiler(arch).compile))
+    try:
+        return TargetCompiler("AMD's comgr", _by(HIPCompiler(arch).compile))
+    except AssertionError:  # tinygrad's, where the library is not here
+        found = _clang()
+    flags = ["-x", "hip", "--cuda-device-only", f"--offload-arch={arch}", "-nogpulib", "-nogpuinc"]
+    flags += ["-std=c++14", "-O3", "-mcumode", "-S"]
+    return TargetCompiler(found.version, lambda text: _run_clang(found, flags, text))
 
 
 def _opencl(arch: str) -> TargetCompiler:
@@ -105,6 +112,12 @@ def _opencl(arch: str) -> TargetCompiler:
     ]
     flags += ["-Xclang", half, "-emit-llvm", "-c", "-O1"]
     return TargetCompiler(found.version, lambda text: _run_clang(found, flags, text))
+
+
+def _adreno(arch: str) -> TargetCompiler:
+    """Adreno's own compiler is in its driver alone: what clang says of the text is a check."""
+    found = _opencl(arch)
+    return replace(found, name=f"{found.name}, syntax and types", compiles=False)
 
 
 def _metal(arch: str) -> TargetCompiler:
@@ -137,6 +150,7 @@ _MAKERS: dict[str, Callable[[str], TargetCompiler]] = {
     "AMDLLVMRenderer": _llvm,
     "HIPRenderer": _hip,
     "OpenCLRenderer": _opencl,
+    "QCOMCLRenderer": _adreno,
     "MetalRenderer": _metal,
 }
 
