@@ -1,9 +1,10 @@
 """The keys and values of every position computed so far, layer by layer.
 
-Layout: k and v of a layer are (B, capacity, K, Hd) each. Position comes before head so that a row's
-address does not depend on the capacity. A cache starts small and grows in steps, so that a model
-with room for 40,960 tokens does not take the memory of 40,960 tokens for a short chat; while it
-grows, the old and the new one exist side by side. How large it is: kv_sizes.py.
+Layout: k and v of a layer are (B, capacity, K, Hd) each; of several devices each has its heads.
+Position comes before head so that a row's address does not depend on the capacity. A cache starts
+small and grows in steps, so that a model with room for 40,960 tokens does not take the memory of
+40,960 tokens for a short chat; while it grows, the old and the new one exist side by side. How
+large it is: kv_sizes.py.
 
 Touches tinygrad's internals: `UOp.store` and `UOp.after`, the write that may stand in a `function`.
 """
@@ -15,7 +16,9 @@ from tinygrad.dtype import DType
 
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import free_unused
+from qwen3_tg.device.names import each
 from qwen3_tg.kv_sizes import first_capacity, grown_capacity
+from qwen3_tg.placement import empty
 
 
 class LayerCache:
@@ -24,8 +27,8 @@ class LayerCache:
     def __init__(self, config: ModelConfig, capacity: int, dtype: DType, device: str):
         shape = (1, capacity, config.num_key_value_heads, config.head_dim)
         # never read before they are written, so nothing needs to be put there first
-        self.k = Tensor.empty(*shape, dtype=dtype, device=device).realize()
-        self.v = Tensor.empty(*shape, dtype=dtype, device=device).realize()
+        self.k = empty(shape, dtype, each(device), axis=2)
+        self.v = empty(shape, dtype, each(device), axis=2)
 
     def update(self, k: Tensor, v: Tensor, start_pos: UOp) -> tuple[Tensor, Tensor]:
         """Write S new positions and return all T = start_pos + S of them.

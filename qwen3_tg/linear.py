@@ -17,7 +17,9 @@ from tinygrad.dtype import DType
 from qwen3_tg import dequantise
 from qwen3_tg.checkpoint import StoredWeight, unpack
 from qwen3_tg.checkpoint.types import BLOCKS, FLOATS, TABLE_BLOCKS
-from qwen3_tg.device import takes_read_only
+from qwen3_tg.device.names import each
+from qwen3_tg.placement import place
+from qwen3_tg.shards import array_axes
 
 DTYPES: dict[str, DType] = {
     "float32": dtypes.float32,
@@ -59,30 +61,31 @@ class Weight:
 
 
 def to_device(
-    stored: StoredWeight, device: str, native: frozenset[str], shared: bool = False
+    stored: StoredWeight,
+    device: str,
+    native: frozenset[str],
+    shared: bool = False,
+    axis: int | None = None,
 ) -> Weight:
     """Copy a weight to the device, and let go of the file's pages. `native` are the float formats
-    that the device computes with. Realised.
+    that the device computes with; `axis` is that of shards.py where there are several. Realised.
 
     `shared`: the device reads the host's memory at any address, so weights are used where they
     are, in a mapped file that is read when it is first needed."""
     packed = unpack(stored) if stored.format in TABLE_BLOCKS else stored
-    arrays, kept = {}, []
+    arrays, kept, axes = {}, [], array_axes(packed, axis)
     for name, array in packed.arrays.items():
         lacks_half = array.dtype == np.float16 and "float16" not in native
         host = array.view(np.int16) if lacks_half else array
-        if not host.flags.c_contiguous:
-            host = np.ascontiguousarray(host)
-        if not host.flags.writeable and not takes_read_only(device):
-            host = host.copy()
         if shared:
+            host = np.ascontiguousarray(host)
             dtype = getattr(dtypes, host.dtype.name)
             arrays[name] = Tensor.from_blob(
                 host.ctypes.data, host.shape, dtype=dtype, device=device
             )
             kept.append(host)
         else:
-            arrays[name] = Tensor(np.asarray(host), device=device).realize()
+            arrays[name] = place(host, each(device), axes[name])
     if not shared:
         stored.release()
     return Weight(packed.format, packed.shape, arrays, packed.params, tuple(kept))

@@ -28,6 +28,7 @@ from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.plan import ModelSize, load_factor, make_plan
 from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
+from qwen3_tg.shards import split_axis
 from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.tokenizer import Tokenizer
 
@@ -378,12 +379,11 @@ def _start_engine(
 ) -> tuple[Engine, int]:
     """Put the weights on the device, one at a time, and build the model around them. Also gives the
     bytes of weights that are used where they lie."""
-    from tinygrad import Tensor
-
     from qwen3_tg.forward import Fast, Lowered
     from qwen3_tg.generate import Engine
     from qwen3_tg.linear import DTYPES, to_device
     from qwen3_tg.model import Qwen3
+    from qwen3_tg.placement import place
     from qwen3_tg.rope import rope_table
     from qwen3_tg.tuning import for_policy
 
@@ -398,16 +398,18 @@ def _start_engine(
     programs.load()
 
     factor = load_factor(policy) or 1.0
-    plan = make_plan(ModelSize.of(config, stored), policy, context, factor)
+    plan = make_plan(ModelSize.of(config, stored, len(policy.devices)), policy, context, factor)
     devices.check_memory(policy.device, plan.first_parts)
     weights, done, shared = {}, 0, devices.shares_memory(policy)
+    total = sum(weight.device_bytes for weight in stored.values())
     for weight_name, weight in stored.items():
-        weights[weight_name] = to_device(weight, policy.device, policy.native, shared)
+        axis = split_axis(weight_name, weight, len(policy.devices))
+        weights[weight_name] = to_device(weight, policy.device, policy.native, shared, axis)
         done += weight.device_bytes
         if on_progress:
-            on_progress(done, plan.weights_bytes)
+            on_progress(done, total)
     table = rope_table(config, context + policy.prefill_chunk)
-    rope = Tensor(table, device=policy.device).realize()
+    rope = place(table, policy.devices)
     model = Qwen3(config, weights, rope, DTYPES[policy.dtype])
     kernels = devices.own_kernels(policy)
     forward = Fast(model, kernels) if kernels else Lowered(model)

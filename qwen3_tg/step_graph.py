@@ -17,8 +17,10 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 
 from qwen3_tg.device import as_default
+from qwen3_tg.device.names import each
 from qwen3_tg.forward import Forward
 from qwen3_tg.kv_cache import KVCache
+from qwen3_tg.placement import empty
 
 
 class StepGraph:
@@ -27,11 +29,12 @@ class StepGraph:
     def __init__(self, forward: Forward, cache: KVCache, device: str, S: int, every: bool):
         self._forward, self._S, self._capacity = forward, S, cache.capacity
         self._device = device
-        self._ids = Tensor.empty(1, S, dtype=dtypes.int32, device=device).realize()
-        self._at = Tensor.empty(2, dtype=dtypes.int32, device=device).realize()
+        self._ids = empty((1, S), dtypes.int32, each(device))
+        self._at = empty((2,), dtypes.int32, each(device))
 
         def step(*symbols: Any) -> Tensor:
-            return forward.logits(self._ids, self._at, cache, every, *symbols).realize()
+            logits = forward.logits(self._ids, self._at, cache, every, *symbols)
+            return logits.to(each(device)[0]).realize()
 
         self._step: Callable[..., Tensor] = capture_at_once(step)
 
@@ -48,26 +51,28 @@ class StepGraph:
 
 
 def write(tensor: Tensor, values: np.ndarray) -> None:
-    """Put values of the same type where a tensor's are."""
-    buffer = _buffer(tensor)
-    if hasattr(buffer.allocator, "_as_buffer"):  # the host can write there
-        buffer.as_memoryview(force_zero_copy=True)[:] = values.tobytes()
-    else:
-        from tinygrad.device import Buffer
+    """Put values of the same type where a tensor's are, on every device that has it."""
+    for buffer in _buffers(tensor):
+        if hasattr(buffer.allocator, "_as_buffer"):  # the host can write there
+            buffer.as_memoryview(force_zero_copy=True)[:] = values.tobytes()
+        else:
+            from tinygrad.device import Buffer
 
-        host = memoryview(bytearray(values.tobytes()))
-        buffer.copy_from(Buffer("PYTHON", values.size, tensor.dtype, opaque=host))
+            host = memoryview(bytearray(values.tobytes()))
+            buffer.copy_from(Buffer("PYTHON", values.size, tensor.dtype, opaque=host))
 
 
 def _read(tensor: Tensor) -> np.ndarray:
     """A copy: the next step writes to the same place."""
-    values = np.frombuffer(_buffer(tensor).as_memoryview(allow_zero_copy=True), dtype=np.float32)
+    (buffer,) = _buffers(tensor)
+    values = np.frombuffer(buffer.as_memoryview(allow_zero_copy=True), dtype=np.float32)
     return values.reshape(tensor.shape).copy()
 
 
-def _buffer(tensor: Tensor) -> Any:
+def _buffers(tensor: Tensor) -> list[Any]:
+    """One on each device."""
     buffer: Any = tensor.uop.base.buffer
-    return buffer.ensure_allocated()
+    return [one.ensure_allocated() for one in getattr(buffer, "bufs", [buffer])]
 
 
 def capture_at_once(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -140,7 +140,7 @@ def with_way(sink: Any, way: Way) -> Any:
 
 def for_policy(policy: devices.Policy) -> Tuning:
     """What is kept for the device of a policy; empty where kernels are not tinygrad's."""
-    kind = Kind.of(policy.device)
+    kind = Kind.of(policy.devices[0])
     return load(kind) if policy.kernels == "generic" else Tuning(kind)
 
 

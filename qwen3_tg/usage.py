@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from qwen3_tg.checkpoint.types import FLOATS
+from qwen3_tg.device.names import each
 from qwen3_tg.kv_sizes import cache_bytes
 from qwen3_tg.llm import LLM, load
 from qwen3_tg.plan import ModelSize, Plan, load_factor, make_plan, save_factor, scratch_bytes
@@ -23,10 +24,11 @@ def plan_of(llm: LLM) -> Plan:
 
 
 def allocated_bytes(device: str) -> int:
-    """What tinygrad has allocated on a device for all that this process has there."""
+    """What tinygrad has allocated on a device, or at most on one of several, for all that this
+    process has there."""
     from tinygrad.helpers import GlobalCounters
 
-    return int(GlobalCounters.mem_used_per_device[device])
+    return max(int(GlobalCounters.mem_used_per_device[one]) for one in each(device))
 
 
 def taken_bytes(llm: LLM) -> int:
@@ -66,6 +68,7 @@ def used_report(llm: LLM) -> str:
     """Planned against allocated after a reply, when everything is there."""
     plan, device, capacity = plan_of(llm), llm.policy.device, llm.cache_capacity
     cache = cache_bytes(llm.config, capacity, FLOATS[llm.policy.kv_dtype])
+    cache //= len(llm.policy.devices)
     exact = plan.weights_bytes + cache + plan.rope_bytes + plan.logits_bytes
     scratch = scratch_bytes(_size(llm), llm.policy, capacity, _factor(llm))
     found = taken_bytes(llm)
@@ -78,7 +81,7 @@ def used_report(llm: LLM) -> str:
 
 
 def _size(llm: LLM) -> ModelSize:
-    return ModelSize.of(llm.config, llm.checkpoint.weights)
+    return ModelSize.of(llm.config, llm.checkpoint.weights, len(llm.policy.devices))
 
 
 def _factor(llm: LLM) -> float:

@@ -17,7 +17,7 @@ from qwen3_tg import compiler
 from qwen3_tg.device import missing
 from qwen3_tg.device.memory import Memory, memory_of
 from qwen3_tg.device.missing import Missing
-from qwen3_tg.device.names import DTYPE_NAMES, family, one_line
+from qwen3_tg.device.names import DTYPE_NAMES, each, family, one_line
 from qwen3_tg.errors import DeviceError, UsageError
 
 # What tinygrad computes by other types, each step rounded by hand: no device has it for OpenCL C.
@@ -75,23 +75,29 @@ def _report(name: str) -> DeviceReport:
 
 
 def pick(device: str | None) -> tuple[str, str]:
-    """The device's name and why it was chosen."""
+    """The device's name, or those of several with commas, and why it was chosen."""
     compiler.prepare_environment()
     from tinygrad.device import ALL_DEVICES, Device
     from tinygrad.helpers import DEV
 
     asked, reason = (device, ASKED) if device else (DEV.device, BY_DEV)
     if asked:
-        name = Device.canonicalize(asked)
-        number = name.partition(":")[2]
-        if family(name) not in ALL_DEVICES or (number and not number.isdecimal()):
+        names = [Device.canonicalize(part.strip()) for part in each(asked)]
+        for name in names:
+            number = name.partition(":")[2]
+            if family(name) not in ALL_DEVICES or (number and not number.isdecimal()):
+                raise UsageError(
+                    f"unknown device {asked!r}; known: {', '.join(ALL_DEVICES)}, "
+                    "with a number for another one of a kind (CUDA:1)"
+                )
+        if len(set(names)) < len(names) or len(set(map(family, names))) > 1:
             raise UsageError(
-                f"unknown device {asked!r}; known: {', '.join(ALL_DEVICES)}, "
-                "with a number for another one of a kind (CUDA:1)"
+                f"several devices must be different ones of a kind (CUDA:0,CUDA:1), found {asked!r}"
             )
-        if problem := problem_of(name):
-            raise DeviceError(f"device {name} does not work: {problem}")
-        return name, reason
+        for name in names:
+            if problem := problem_of(name):
+                raise DeviceError(f"device {name} does not work: {problem}")
+        return ",".join(names), reason
     problems = {}
     for name in ALL_DEVICES:
         problems[name] = problem_of(name)
@@ -131,15 +137,17 @@ def as_default(name: str) -> Iterator[None]:
         yield
         return
     context: Any = helpers.Context
-    with context(DEV=name):
+    with context(DEV=each(name)[0]):
         yield
 
 
 def native_formats(name: str) -> frozenset[str]:
-    """The float formats that a working device computes with."""
+    """The float formats that a working device, or each of several, computes with."""
     from tinygrad.device import Device
 
-    return formats_of(Device[name].renderer, family(name))
+    return frozenset.intersection(
+        *(formats_of(Device[one].renderer, family(one)) for one in each(name))
+    )
 
 
 def formats_of(renderer: Any, kind: str) -> frozenset[str]:
@@ -157,8 +165,8 @@ def be_patient(name: str) -> None:
     a hang."""
     from tinygrad.device import Device
 
-    if family(name) == "CPU":
-        device: Any = Device[name]
+    for one in each(name) if family(name) == "CPU" else ():
+        device: Any = Device[one]
         device.wait_timeout_ms = _CPU_PATIENCE_MS
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_tg.device.names import family, gib
+from qwen3_tg.device.names import each, family, gib
 from qwen3_tg.errors import DeviceError
 
 _MEMINFO = Path("/proc/meminfo")
@@ -28,12 +28,18 @@ class Memory:
 
 
 def memory_of(name: str) -> Memory:
-    """That of a working device."""
-    ask = _ASK.get(family(name))
+    """That of a working device; of several, what each has at least."""
+    ask, names = _ASK.get(family(name)), each(name)
     try:
-        return ask(name) if ask else Memory()
+        found = [ask(one) for one in names] if ask else [Memory()]
     except Exception:  # drivers fail in every way there is, and to know it is not needed to run
         return Memory()
+    shared_by = len(names) if family(name) == "CPU" else 1
+
+    def least(values: list[int | None]) -> int | None:
+        return None if None in values else min(v for v in values if v is not None) // shared_by
+
+    return Memory(least([one.total for one in found]), least([one.free for one in found]))
 
 
 def free_memory(name: str) -> int | None:
@@ -49,7 +55,8 @@ def check_memory(name: str, bytes_by_part: Mapping[str, int]) -> None:
         parts = ", ".join(f"{part} {gib(nbytes)}" for part, nbytes in bytes_by_part.items())
         raise DeviceError(
             f"the model takes {gib(needed)} ({parts}) and {gib(free)} of memory are free on "
-            f"{name}: take a smaller model or a larger machine (qwen3 plan says what fits)"
+            f"{' and on '.join(each(name))}: take a smaller model or a larger machine "
+            "(qwen3 plan says what fits)"
         )
 
 
@@ -57,10 +64,11 @@ def free_unused(name: str) -> None:
     """Give freed buffers back to the system: tinygrad keeps them for others of the same size."""
     from tinygrad.device import Device
 
-    device: Any = Device[name]
-    if hasattr(device.allocator, "free_cache"):
-        device.synchronize()
-        device.allocator.free_cache()
+    for one in each(name):
+        device: Any = Device[one]
+        if hasattr(device.allocator, "free_cache"):
+            device.synchronize()
+            device.allocator.free_cache()
 
 
 def takes_read_only(name: str) -> bool:

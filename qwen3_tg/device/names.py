@@ -1,4 +1,9 @@
-"""Names that devices and their types go by. Knows nothing of tinygrad."""
+"""Names that devices and their types go by. Knows nothing of tinygrad.
+
+Several devices that compute together go by one name too, with commas: CUDA,CUDA:1.
+"""
+
+import re
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # How a CPU computes: "fast" and "exact" by its own kernels (backends/qwen3_tg_cpu), "exact" without
@@ -7,8 +12,13 @@ KERNELS = ("fast", "exact", "generic")
 
 
 def family(name: str) -> str:
-    """CUDA, of CUDA:1"""
-    return name.partition(":")[0]
+    """CUDA, of CUDA:1 and of CUDA,CUDA:1"""
+    return re.split("[:,]", name)[0]
+
+
+def each(name: str) -> tuple[str, ...]:
+    """CUDA and CUDA:1, of CUDA,CUDA:1"""
+    return tuple(name.split(","))
 
 
 def gib(nbytes: int) -> str:

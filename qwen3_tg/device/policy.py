@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_tg.device import found
-from qwen3_tg.device.names import DTYPE_NAMES, KERNELS, family, gib
+from qwen3_tg.device.names import DTYPE_NAMES, KERNELS, each, family, gib
 from qwen3_tg.errors import DeviceError, UsageError, check_count
 
 # New positions a prefill step computes. Where it is short, prompts waste little on padding; where
@@ -21,10 +21,11 @@ _PREFILL_CHUNK_FAST = 512  # of the CPU's own kernels, which compute nothing for
 
 @dataclass(frozen=True)
 class Policy:
-    """How the model runs on a device: `dtype` is what activations are computed in, `kv_dtype` what
-    keys and values are kept in, `native` the float formats that the device computes with,
-    `prefill_chunk` in positions, `kernels` one of KERNELS, `threads` those that compute, where that
-    is ours to say."""
+    """How the model runs on a device, or on several whose names `device` has with commas.
+
+    `dtype` is what activations are computed in, `kv_dtype` what keys and values are kept in,
+    `native` the float formats that the device computes with, `prefill_chunk` in positions,
+    `kernels` one of KERNELS, `threads` those that compute, where that is ours to say."""
 
     device: str
     dtype: str
@@ -34,6 +35,11 @@ class Policy:
     reason: str
     kernels: str = "generic"
     threads: int | None = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The name of each."""
+        return each(self.device)
 
 
 def choose(

@@ -8,6 +8,7 @@ from qwen3_tg.checkpoint.types import FLOATS
 from qwen3_tg.device import Policy
 from qwen3_tg.kv_sizes import cache_bytes, first_capacity, last_growth
 from qwen3_tg.plan.scratch import ModelSize, scratch_bytes
+from qwen3_tg.shards import check_heads
 
 _FLOAT32 = 4
 _GRAPHS = 2  # prefill and decode, each with logits of its own
@@ -15,7 +16,8 @@ _GRAPHS = 2  # prefill and decode, each with logits of its own
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on the device for one model in one context. All are exact but scratch.
+    """Bytes on the device, or on each of several, for one model in one context. All are exact but
+    scratch.
 
     The cache has room for `first_capacity` positions at first, and at last for `capacity`; while it
     takes its last step, the old and the new one, `growing_cache_bytes` together, are both there.
@@ -71,17 +73,21 @@ def make_plan(size: ModelSize, policy: Policy, context: int | None, factor: floa
 
     Raises UsageError for a context that the model cannot take."""
     config, context, remark = size.config.with_context(context)
+    check_heads(config, len(policy.devices))
     limit = context + policy.prefill_chunk  # the last chunk of a full context reaches past its end
     first, last = first_capacity(limit), last_growth(limit)
-    itemsize = FLOATS[policy.kv_dtype]
+
+    def cache(positions: int) -> int:
+        return cache_bytes(config, positions, FLOATS[policy.kv_dtype]) // len(policy.devices)
+
     return Plan(
         context=context,
         capacity=limit,
         first_capacity=first,
         weights_bytes=size.weights_bytes,
-        cache_bytes=cache_bytes(config, limit, itemsize),
-        first_cache_bytes=cache_bytes(config, first, itemsize),
-        growing_cache_bytes=cache_bytes(config, sum(last), itemsize) if last else 0,
+        cache_bytes=cache(limit),
+        first_cache_bytes=cache(first),
+        growing_cache_bytes=cache(sum(last)) if last else 0,
         rope_bytes=limit * config.head_dim * _FLOAT32,
         logits_bytes=_GRAPHS * config.vocab_size * _FLOAT32,
         scratch_bytes=scratch_bytes(size, policy, limit, factor),

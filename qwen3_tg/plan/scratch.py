@@ -21,6 +21,7 @@ from qwen3_tg import compiler
 from qwen3_tg.checkpoint.types import FLOATS, TABLE_BLOCKS, StoredWeight
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy, shares_scratch
+from qwen3_tg.shards import bytes_on_each
 
 _FLOAT32 = 4
 _PARTS = 64  # of the keys, at most: qwen3_tg_cpu's attention.c
@@ -42,7 +43,8 @@ class ModelSize:
     copied_expert_bytes_for_one: int
 
     @staticmethod
-    def of(config: ModelConfig, weights: Mapping[str, StoredWeight]) -> ModelSize:
+    def of(config: ModelConfig, weights: Mapping[str, StoredWeight], devices: int = 1) -> ModelSize:
+        """Of each of so many devices that share the model out among them."""
         floats = (*FLOATS, *TABLE_BLOCKS)
         is_packed = False
         copied, copied_for_one = Counter[str](), Counter[str]()  # by layer
@@ -59,7 +61,7 @@ class ModelSize:
         experts = max(config.num_experts, 1)
         return ModelSize(
             config,
-            sum(weight.device_bytes for weight in weights.values()),
+            bytes_on_each(weights, devices),
             is_packed,
             max(copied.values(), default=0) // experts,
             max(copied_for_one.values(), default=0) // experts,
@@ -71,8 +73,9 @@ def scratch_bytes(size: ModelSize, policy: Policy, capacity: int, factor: float 
     if policy.kernels != "generic":
         return _own_kernels(size.config, policy.prefill_chunk)
     one = FLOATS[policy.dtype]
-    prefill = _phases(size, policy.prefill_chunk, capacity, one)
-    decode = _phases(size, 1, capacity, one)
+    shares = len(policy.devices)
+    prefill = _phases(size, policy.prefill_chunk, capacity, one, shares)
+    decode = _phases(size, 1, capacity, one, shares)
     if shares_scratch(policy.device):
         return round((max(prefill) + max(decode)) * factor)
     layers = size.config.num_hidden_layers
@@ -99,21 +102,22 @@ def _own_kernels(config: ModelConfig, S: int) -> int:
     return _FLOAT32 * (S * (stream + heads + max(widths) + others) + parts)
 
 
-def _phases(size: ModelSize, S: int, capacity: int, one: int) -> tuple[int, int]:
-    """Bytes of attention and of the MLP for S new positions, `one` for a value of theirs."""
+def _phases(size: ModelSize, S: int, capacity: int, one: int, shares: int) -> tuple[int, int]:
+    """Bytes of attention and of the MLP for S new positions, `one` for a value of theirs, on each
+    of so many devices."""
     config = size.config
-    H, Hd, D = config.num_attention_heads, config.head_dim, config.hidden_size
+    H, Hd, D = config.num_attention_heads // shares, config.head_dim, config.hidden_size
     stream = 2 * S * D * one
     attention = 2 * H * S * capacity * _FLOAT32 + S * H * Hd * one + stream
     dequantised = size.is_packed and S > 1
     # o_proj has been dequantised before; the place it leaves is too small for the next ones
     matrices = H * Hd * D * one if dequantised else 0
     if config.num_experts:
-        k, F = config.num_experts_per_tok, config.moe_intermediate_size
+        k, F = config.num_experts_per_tok, config.moe_intermediate_size // shares
         copied = size.copied_expert_bytes if S > 1 else size.copied_expert_bytes_for_one
         router = 4 * S * config.num_experts * _FLOAT32
         return attention, S * k * ((2 * F + D) * one + copied) + router + matrices
-    F = config.intermediate_size
+    F = config.intermediate_size // shares
     matrices += 2 * F * D * one if dequantised else 0
     return attention, 2 * S * F * one + stream + matrices
 
