@@ -110,7 +110,7 @@ class Linear:
         values = values.cast(x.dtype)
         if self.weight.format not in FLOATS:
             x = x.contiguous()
-            first = x.flatten()[0]
+            first = x[0, 0]  # (I,), on each device that with its part of the inputs
             # True of all numbers, but not of NaN, so tinygrad keeps it: without a need for x, all
             # matrices of the model would be dequantised first, and be in memory together.
             values = (first == first).where(values, 0).contiguous()
