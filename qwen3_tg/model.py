@@ -191,8 +191,10 @@ class Block:
 
 
 class Qwen3:
-    """The whole model. `weights` holds every tensor of `config.weight_shapes()` on one device;
-    `rope` is the table of `rope_table` there; `dtype` is what activations are computed in."""
+    """The whole model. `weights` holds every tensor of `config.weight_shapes()` on one device, or
+    on several as shards.py splits them, which changes nothing here: tinygrad adds up sums whose
+    parts lie on several. `rope` is the table of `rope_table` there; `dtype` is what activations are
+    computed in."""
 
     def __init__(
         self, config: ModelConfig, weights: Mapping[str, Weight], rope: Tensor, dtype: DType

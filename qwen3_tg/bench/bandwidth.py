@@ -16,10 +16,11 @@ _TRIES = 6
 
 def read_bandwidth(policy: Policy) -> float:
     """Bytes per second, the best of some tries: on a CPU numpy sums an array on as many threads as
-    compute, which only reads; elsewhere tinygrad copies a buffer, which reads and writes."""
+    compute, which only reads; elsewhere tinygrad copies a buffer, which reads and writes, on each
+    device in turn, and all are added up."""
     if policy.device.startswith("CPU"):
         return _by_numpy(policy.threads or 1)
-    return _by_tinygrad(policy.device)
+    return sum(map(_by_tinygrad, policy.devices))
 
 
 def _by_numpy(threads: int) -> float:

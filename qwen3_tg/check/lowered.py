@@ -14,6 +14,7 @@ from qwen3_tg.device import Policy, as_default
 from qwen3_tg.kv_cache import LayerCache
 from qwen3_tg.linear import DTYPES, Embedding, Linear, Weight
 from qwen3_tg.model import Block, RMSNorm
+from qwen3_tg.placement import empty, place
 from qwen3_tg.step_graph import capture_at_once, write
 from qwen3_tg.tuning import for_policy
 
@@ -59,8 +60,8 @@ class LoweredLayer:
 
     def _captured(self, S: int, D: int) -> tuple[Tensor, Callable[[UOp], Tensor]]:
         """Where the graph reads its input, and the graph."""
-        device, dtype = self._policy.device, DTYPES[self._policy.dtype]
-        given = Tensor.empty(1, S, D, dtype=dtypes.float32, device=device).realize()
+        dtype = DTYPES[self._policy.dtype]
+        given = empty((1, S, D), dtypes.float32, self._policy.devices)
 
         def step(start_pos: UOp) -> Tensor:
             out = self._block(given.cast(dtype), self._rope, self._cache, start_pos)
@@ -105,7 +106,7 @@ class LoweredLayer:
         return 1 if rows == 1 else self._policy.prefill_chunk
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        tensor = Tensor(values, device=self._policy.device)
+        tensor = place(values, self._policy.devices)
         return tensor.cast(DTYPES[self._policy.dtype]).contiguous().realize()
 
     def _as_device(self, name: str, right: np.ndarray, like: Tensor) -> Tensor:
@@ -115,21 +116,21 @@ class LoweredLayer:
             flat = _pad(right, (right.shape[0], shape[-2], shape[-1]))
         else:
             flat = _pad(right, (shape[1], *right.shape[1:]))
-        tensor = Tensor(np.ascontiguousarray(flat.reshape(shape)), device=self._policy.device)
+        tensor = place(flat.reshape(shape), self._policy.devices, like.uop.axis)
         return tensor.cast(like.dtype).contiguous().realize()
 
 
 def embed(weight: Weight, ids: np.ndarray, policy: Policy) -> np.ndarray:
     """ids: (S,) -> (S, D)"""
     with as_default(policy.device):
-        given = Tensor(ids[None].astype(np.int32), device=policy.device)
+        given = place(ids[None].astype(np.int32), policy.devices)
         return np.asarray(_numpy(Embedding(weight)(given, DTYPES[policy.dtype]))[0])
 
 
 def norm(weight: Weight, eps: float, x: np.ndarray, policy: Policy) -> np.ndarray:
     """x: (S, D) -> (S, D)"""
     with as_default(policy.device):
-        given = Tensor(x[None], device=policy.device).cast(DTYPES[policy.dtype])
+        given = place(x[None], policy.devices).cast(DTYPES[policy.dtype])
         return np.asarray(_numpy(RMSNorm(weight, eps)(given))[0])
 
 
@@ -138,7 +139,7 @@ def head(weight: Weight, x: np.ndarray, policy: Policy) -> np.ndarray:
     with as_default(policy.device):
         rows = []
         for row in x:
-            given = Tensor(row[None, None], device=policy.device).cast(DTYPES[policy.dtype])
+            given = place(row[None, None], policy.devices).cast(DTYPES[policy.dtype])
             rows.append(_numpy(Linear(weight)(given))[0, 0])
         return np.stack(rows)
 

@@ -31,8 +31,9 @@ from qwen3_tg.check.lowered import Judge
 from qwen3_tg.check.rounding import Rounding, size
 from qwen3_tg.check.truth import LayerTruth, Truth, distance
 from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
-from qwen3_tg.checkpoint.types import FLOATS, TABLE_BLOCKS, UNPACKED_AS
+from qwen3_tg.checkpoint.types import FLOATS, TABLE_BLOCKS, UNPACKED_AS, StoredWeight
 from qwen3_tg.errors import UsageError
+from qwen3_tg.shards import check_heads, split_axis
 from qwen3_tg.tokenizer import Tokenizer
 
 # How many times the typical error is too much. Right computations stay below 4 (measured: all
@@ -122,6 +123,7 @@ def check(
     checkpoint = open_checkpoint(str(model))
     config, context, _ = checkpoint.config.with_context(context)
     checkpoint = replace(checkpoint, config=config)
+    check_heads(config, len(policy.devices))
     tokens = tokens or min(policy.prefill_chunk + _MORE_THAN_A_CHUNK, context - _SINGLE)
     if not 2 <= tokens <= context - _SINGLE:
         raise UsageError(f"--tokens must be from 2 to {context - _SINGLE}, found {tokens}")
@@ -136,9 +138,9 @@ class _Run:
         tokens: int,
         on_layer: Callable[[Layer, int, int], None] | None,
     ):
-        from tinygrad import Tensor
         from tinygrad.device import Device
 
+        from qwen3_tg.placement import place
         from qwen3_tg.rope import rope_table
 
         self._checkpoint, self._policy, self._config = checkpoint, policy, checkpoint.config
@@ -163,12 +165,12 @@ class _Run:
         self._capacity = tokens + _SINGLE + policy.prefill_chunk
         table = rope_table(self._config, self._capacity)
         with devices.as_default(policy.device):
-            self._rope = Tensor(table, device=policy.device).realize()
+            self._rope = place(table, policy.devices)
         self._kernels = devices.own_kernels(policy)
         self.report = Report(
             str(checkpoint.path),
             policy,
-            type(Device[policy.device].renderer).__name__,
+            type(Device[policy.devices[0]].renderer).__name__,
             tokens,
             yarn is not None,
             tuple(sorted(formats)),
@@ -327,12 +329,17 @@ class _Run:
         self._add(Layer("lm_head", steps, grown, float(np.linalg.norm(twin - right)) / whole))
 
     def _weights(self, prefix: str) -> dict[str, Any]:
-        from qwen3_tg.linear import to_device
+        from qwen3_tg.linear import Weight, to_device
 
         policy = self._policy
         shared = devices.shares_memory(policy)
+
+        def there(name: str, weight: StoredWeight) -> Weight:
+            axis = split_axis(name, weight, len(policy.devices))
+            return to_device(weight, policy.device, policy.native, shared, axis)
+
         return {
-            name: to_device(weight, policy.device, policy.native, shared)
+            name: there(name, weight)
             for name, weight in self._checkpoint.weights.items()
             if name.startswith(prefix)
         }

@@ -142,7 +142,11 @@ def _add_run(parser: _Parser) -> None:
 def _add_device(
     run: argparse.ArgumentParser | argparse._ArgumentGroup, context: bool = True
 ) -> None:
-    run.add_argument("--device", metavar="D", help="CPU, METAL, AMD, CUDA ... (see: qwen3 devices)")
+    run.add_argument(
+        "--device",
+        metavar="D",
+        help="CPU, METAL, AMD, CUDA ... (see: qwen3 devices), or several: CUDA:0,CUDA:1",
+    )
     run.add_argument(
         "--dtype",
         choices=DTYPE_NAMES,

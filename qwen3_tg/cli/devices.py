@@ -47,7 +47,7 @@ def _lines(report: DeviceReport, policy: Policy | None, chosen: Policy | None) -
         if report.missing.command:
             lines.append(f"{_INDENT}get it with: {report.missing.command}")
         return lines
-    is_chosen = chosen is not None and report.name == chosen.device
+    is_chosen = chosen is not None and report.name in chosen.devices
     types = ", ".join(name for name in devices.DTYPE_NAMES if name in report.native)
     kernels = "" if policy.kernels == "generic" else f" with the CPU's {policy.kernels} kernels"
     threads = f" on {policy.threads} threads" if policy.threads else ""
@@ -61,7 +61,9 @@ def _lines(report: DeviceReport, policy: Policy | None, chosen: Policy | None) -
         lines.append(f"{_INDENT}this is the CPU, only slower: taken if asked for")
     if is_chosen:
         assert chosen is not None
-        lines.append(f"{_INDENT}chosen: {chosen.reason}")
+        others = [name for name in chosen.devices if name != report.name]
+        with_others = f", with {' and '.join(others)}" if others else ""
+        lines.append(f"{_INDENT}chosen: {chosen.reason}{with_others}")
     return lines
 
 
@@ -74,7 +76,7 @@ def _memory(report: DeviceReport) -> str:
 
 
 def _as_json(report: DeviceReport, policy: Policy | None, chosen: Policy | None) -> dict[str, Any]:
-    is_chosen = chosen is not None and report.name == chosen.device
+    is_chosen = chosen is not None and report.name in chosen.devices
     return {
         "name": report.name,
         "works": report.missing is None,

@@ -107,6 +107,7 @@ def _here(source: Source, options: argparse.Namespace) -> tuple[Column, float]:
     policy = devices.choose(
         options.device, options.dtype, options.kv_dtype, options.kernels, options.threads
     )
+    devices.check_single(policy, "kernels")
     weights = source.weights if source.is_here else with_random_values(source.weights)
     how = source.config, weights, options.layer, policy
     with terminal.progress(f"{policy.device}: timing") as on_kernel:

@@ -22,6 +22,7 @@ _ROUNDS, _NEW = 3, 16
 def tune(options: argparse.Namespace) -> None:
     """Search, or give away or take what was found."""
     policy = devices.choose(options.device, options.dtype, options.kv_dtype, options.kernels)
+    devices.check_single(policy, "tune")
     if policy.kernels != "generic":
         raise UsageError(
             "the CPU's own kernels are not lowered by tinygrad, so there is nothing to search; "

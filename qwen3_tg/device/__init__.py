@@ -18,6 +18,7 @@ from qwen3_tg.device.missing import Missing
 from qwen3_tg.device.names import DTYPE_NAMES, KERNELS
 from qwen3_tg.device.policy import (
     Policy,
+    check_single,
     choose,
     imagined,
     own_kernels,
@@ -34,6 +35,7 @@ __all__ = [
     "Policy",
     "as_default",
     "check_memory",
+    "check_single",
     "choose",
     "describe",
     "formats_of",

@@ -94,6 +94,12 @@ def own_kernels(policy: Policy) -> Any:
     return _cpu_kernels(policy.threads, exact=policy.kernels == "exact")
 
 
+def check_single(policy: Policy, what: str) -> None:
+    """Raises UsageError where there are several devices."""
+    if len(policy.devices) > 1:
+        raise UsageError(f"{what} is for one device at a time, found {policy.device}")
+
+
 def shares_memory(policy: Policy) -> bool:
     """Whether weights can be used where they lie in the host's memory, at any address."""
     return policy.kernels != "generic"

@@ -8,7 +8,6 @@ from qwen3_tg.checkpoint.types import FLOATS
 from qwen3_tg.device import Policy
 from qwen3_tg.kv_sizes import cache_bytes, first_capacity, last_growth
 from qwen3_tg.plan.scratch import ModelSize, scratch_bytes
-from qwen3_tg.shards import check_heads
 
 _FLOAT32 = 4
 _GRAPHS = 2  # prefill and decode, each with logits of its own
@@ -73,7 +72,6 @@ def make_plan(size: ModelSize, policy: Policy, context: int | None, factor: floa
 
     Raises UsageError for a context that the model cannot take."""
     config, context, remark = size.config.with_context(context)
-    check_heads(config, len(policy.devices))
     limit = context + policy.prefill_chunk  # the last chunk of a full context reaches past its end
     first, last = first_capacity(limit), last_growth(limit)
 

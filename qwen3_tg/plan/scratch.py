@@ -21,7 +21,7 @@ from qwen3_tg import compiler
 from qwen3_tg.checkpoint.types import FLOATS, TABLE_BLOCKS, StoredWeight
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy, shares_scratch
-from qwen3_tg.shards import bytes_on_each
+from qwen3_tg.shards import bytes_on_each, check_heads
 
 _FLOAT32 = 4
 _PARTS = 64  # of the keys, at most: qwen3_tg_cpu's attention.c
@@ -44,7 +44,8 @@ class ModelSize:
 
     @staticmethod
     def of(config: ModelConfig, weights: Mapping[str, StoredWeight], devices: int = 1) -> ModelSize:
-        """Of each of so many devices that share the model out among them."""
+        """On each of so many devices. Raises UsageError where they cannot share the model out."""
+        check_heads(config, devices)
         floats = (*FLOATS, *TABLE_BLOCKS)
         is_packed = False
         copied, copied_for_one = Counter[str](), Counter[str]()  # by layer
