@@ -25,6 +25,7 @@ FLOORS = [
     ],
     ["config", "tokenizer", "reply", "device"],
     ["checkpoint", "chat", "pull", "quantize"],
+    ["shards", "placement"],
     ["linear", "rope", "kv_cache", "kv_sizes", "tuning"],
     ["model", "plan"],
     ["forward"],
@@ -38,7 +39,7 @@ FLOORS = [
 ]
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
-WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "plan"]
+WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "shards", "plan"]
 
 
 def imports(path: Path) -> set[str]:
