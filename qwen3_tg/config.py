@@ -48,7 +48,6 @@ _OF_A_MIXTURE = frozenset(
 )
 # Keys of generation_config.json that change the text, with the value at which they do not.
 _NOT_APPLIED = {
-    "repetition_penalty": 1,
     "encoder_repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "typical_p": 1,
@@ -211,6 +210,11 @@ class ModelConfig:
         return shapes
 
 
+# Qwen's advice for the hybrid models (their model cards, "Best Practices"): what they have in
+# generation_config.json is for thinking; without it they are to be sampled so.
+NOT_THINKING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """The checkpoint's own wishes for generation: its end tokens and its sampling defaults."""
@@ -220,7 +224,15 @@ class GenerationConfig:
     top_p: float = 0.95
     top_k: int = 20
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     not_applied: tuple[str, ...] = ()  # settings that would change the text and are not computed
+
+    def without_thinking(self) -> GenerationConfig:
+        """For a hybrid model that is not to think; wishes other than Qwen's are kept."""
+        thinking = GenerationConfig()
+        if any(getattr(self, name) != getattr(thinking, name) for name in NOT_THINKING):
+            return self
+        return replace(self, **NOT_THINKING)  # type: ignore[arg-type]
 
     @staticmethod
     def from_dicts(
@@ -256,12 +268,16 @@ class GenerationConfig:
             raise CheckpointError(f"{where}: top_k must be an integer, found {top_k!r}")
         if top_p == 0:
             raise CheckpointError(f"{where}: top_p must be above 0")
+        penalty = number("repetition_penalty", default.repetition_penalty)
+        if penalty == 0:
+            raise CheckpointError(f"{where}: repetition_penalty must be above 0")
         return GenerationConfig(
             eos_token_ids=tuple(eos),
             temperature=0.0 if sample is False else float(temperature),
             top_p=float(top_p),
             top_k=int(top_k),
             min_p=float(number("min_p", default.min_p, most=1)),
+            repetition_penalty=float(penalty),
             not_applied=tuple(
                 f"{key} {generation[key]!r}"
                 for key, off in _NOT_APPLIED.items()

@@ -23,7 +23,7 @@ from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.linear import DTYPES
-from qwen3_tg.sampling import Sampling, sample
+from qwen3_tg.sampling import Sampling, Seen, sample
 from qwen3_tg.step_graph import StepGraph
 from qwen3_tg.tuning import Tuning
 
@@ -158,7 +158,8 @@ class Engine:
 
 class Generation(Iterator[int]):
     """The ids that follow `prompt`, one by one. Also says, while running and after: `stop_reason`
-    (None until the end; then "stop", "length" or "context"), `stop_id`, counts, and seconds."""
+    (None until the end; then "stop", "length" or "context"), `stop_id`, counts, and seconds.
+    `sampling` may be changed on the way."""
 
     def __init__(
         self,
@@ -174,8 +175,8 @@ class Generation(Iterator[int]):
                 f"the prompt has {len(prompt)} tokens and the context {engine.context}: "
                 "no room for an answer; shorten the prompt or load with a larger context"
             )
-        self._engine, self._sampling, self._stop_ids = engine, sampling, frozenset(stop_ids)
-        self._ids = list(prompt)
+        self._engine, self.sampling, self._stop_ids = engine, sampling, frozenset(stop_ids)
+        self._ids, self._seen = list(prompt), Seen(prompt)
         self.max_new_tokens = max_new_tokens
         self.prompt_tokens, self.new_tokens = len(prompt), 0
         self.first_token_s = self.later_tokens_s = 0.0
@@ -192,7 +193,7 @@ class Generation(Iterator[int]):
             raise StopIteration
         began = time.perf_counter()
         logits = self._engine.next_logits(self._ids)
-        id = sample(logits, self._sampling, self.new_tokens)
+        id = sample(logits, self.sampling, self.new_tokens, self._seen)
         if self.new_tokens == 0:
             self.first_token_s = time.perf_counter() - began
         else:
@@ -200,16 +201,19 @@ class Generation(Iterator[int]):
         if id in self._stop_ids:
             self.stop_reason, self.stop_id = "stop", id
             raise StopIteration
-        self._ids.append(id)
-        self.new_tokens += 1
+        self._append([id])
         return id
 
     def insert(self, ids: Sequence[int]) -> list[int]:
         """Continue as if these ids had been generated, as far as they fit; returns those."""
         fitting = list(ids)[: max(0, self._engine.context - len(self._ids))]
-        self._ids += fitting
-        self.new_tokens += len(fitting)
+        self._append(fitting)
         return fitting
+
+    def _append(self, ids: Sequence[int]) -> None:
+        self._ids += ids
+        self._seen.answer.update(ids)
+        self.new_tokens += len(ids)
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -165,14 +165,23 @@ class LLM:
     def on_kernels(self, report: Callable[[int, int], None] | None) -> None:
         self._engine.kernels.on_kernels = report
 
-    def default_sampling(self, seed: int | None = None) -> Sampling:
-        """The checkpoint's own advice, with this seed or a random one."""
+    @property
+    def can_choose_to_think(self) -> bool:
+        """Whether the template has a switch for thinking: those of hybrid models do."""
+        return "enable_thinking" in self.chat_template.variables
+
+    def default_sampling(self, seed: int | None = None, thinking: bool = True) -> Sampling:
+        """The checkpoint's own advice, or Qwen's for a hybrid model that is not to think, with this
+        seed or a random one."""
         advice = self.checkpoint.generation
+        if not thinking and self.can_choose_to_think:
+            advice = advice.without_thinking()
         return Sampling(
             temperature=advice.temperature,
             top_p=advice.top_p,
             top_k=advice.top_k,
             min_p=advice.min_p,
+            repetition_penalty=advice.repetition_penalty,
             seed=secrets.randbits(32) if seed is None else seed,
         )
 
@@ -277,7 +286,8 @@ class LLM:
         in_thinking = text.rstrip("\n").endswith(THINK)
         if in_thinking and not thinking:
             raise UsageError("this model always thinks: its template has no switch for it")
-        generation = self.generate_ids(ids, None, sampling or self.default_sampling())
+        sampling = sampling or self.default_sampling(thinking=thinking)
+        generation = self.generate_ids(ids, None, sampling)
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
         return self._reply(generation, parser, strings, thinking_budget, max_new_tokens)

@@ -34,13 +34,15 @@ def _generate(
     model: Qwen3, new: np.ndarray, limit: int, sampling: Sampling, stop_ids: frozenset[int]
 ) -> Iterator[int]:
     cache = KVCache(model.config)
+    prompt, answer = new.tolist(), list[int]()
     for n in range(limit):
         # 1. Run what the cache has not seen: the prompt at first, then one token at a time.
         x = model.hidden(new, cache)  # (S, D)
         # 2. Choose by the last position.
-        token = sample(model.logits(x[-1:])[0], sampling, n)
+        token = sample(model.logits(x[-1:])[0], sampling, n, prompt, answer)
         if token in stop_ids:
             return
+        answer.append(token)
         yield token
         # 3. The choice is the next input.
         new = np.array([token])

@@ -1,25 +1,32 @@
 """From the logits of one position to a token, in float64.
 
-The filters come in a fixed order: temperature, top_k, top_p, min_p. The random number of step n is
-a pure function of (seed, n), so a token depends on its logits, the settings and n alone.
+The steps come in a fixed order: logit_bias, repetition_penalty, presence_penalty and
+frequency_penalty, temperature, top_k, top_p, min_p. The random number of step n is a pure function
+of (seed, n), so a token depends on its logits, the tokens before it, the settings and n alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the most likely token; top_p 1, top_k 0 (or None) and min_p 0 are off."""
+    """temperature 0 takes the most likely token; top_p 1, top_k 0 (or None) and min_p 0 are off, as
+    are a repetition_penalty of 1 and other penalties of 0. logit_bias is by token id."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = 0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < np.inf:
@@ -32,17 +39,39 @@ class Sampling:
             raise ValueError(f"min_p must be from 0 to 1, found {self.min_p}")
         if not 0 <= self.seed < 2**128:
             raise ValueError(f"seed must be from 0 to 2**128 - 1, found {self.seed}")
+        if not 0 < self.repetition_penalty < np.inf:
+            raise ValueError(f"repetition_penalty must be above 0, found {self.repetition_penalty}")
 
 
 GREEDY = Sampling()
 
 
-def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+def penalised(
+    logits: np.ndarray, sampling: Sampling, prompt: Sequence[int] = (), answer: Sequence[int] = ()
+) -> np.ndarray:
+    """The logits after biases and penalties, given the tokens before: (V,) -> (V,) float64."""
+    exact = logits.astype(np.float64)
+    for id, bias in sampling.logit_bias.items():
+        exact[id] += bias
+    for id in {*prompt, *answer}:  # a token that was there: a likely one less, an unlikely one too
+        if exact[id] > 0:
+            exact[id] /= sampling.repetition_penalty
+        else:
+            exact[id] *= sampling.repetition_penalty
+    for id in set(answer):
+        exact[id] -= sampling.presence_penalty
+        exact[id] -= sampling.frequency_penalty * list(answer).count(id)
+    return exact
+
+
+def candidates(
+    logits: np.ndarray, sampling: Sampling, prompt: Sequence[int] = (), answer: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """The tokens left to choose from, most likely first, with probabilities that sum to one.
 
     logits: (V,) -> ids: (N,), probabilities: (N,) float64. Needs a temperature above 0."""
     # 1. Temperature; then sort, stably and negated, so that the lower id comes first on a tie.
-    exact = logits.astype(np.float64)
+    exact = penalised(logits, sampling, prompt, answer)
     with np.errstate(over="ignore"):  # -inf from a tiny temperature: its exp is the right 0
         scaled = (exact - exact.max()) / sampling.temperature
     ids = np.argsort(-scaled, kind="stable")
@@ -70,11 +99,18 @@ def uniform(seed: int, n: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=n)).random())
 
 
-def sample(logits: np.ndarray, sampling: Sampling, n: int) -> int:
+def sample(
+    logits: np.ndarray,
+    sampling: Sampling,
+    n: int,
+    prompt: Sequence[int] = (),
+    answer: Sequence[int] = (),
+) -> int:
     """The token of step n, where n tokens were generated before it in this call. logits: (V,)"""
     if sampling.temperature == 0:
-        return int(logits.argmax())  # the lowest id on a tie
-    ids, p = candidates(logits, sampling)
+        # the lowest id on a tie
+        return int(penalised(logits, sampling, prompt, answer).argmax())
+    ids, p = candidates(logits, sampling, prompt, answer)
     above = np.cumsum(p) > uniform(sampling.seed, n)
     above[-1] = True  # rounding may leave the sum a hair short of one
     return int(ids[above.argmax()])

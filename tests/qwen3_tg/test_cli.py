@@ -113,12 +113,12 @@ class TestGenerate:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         shutil.copytree(locate("tiny"), tmp_path / "model")
-        wish = '{"do_sample": false, "repetition_penalty": 1.3}'
+        wish = '{"do_sample": false, "no_repeat_ngram_size": 30}'
         (tmp_path / "model" / "generation_config.json").write_text(wish)
         assert main(["--model", str(tmp_path / "model"), SUM]) == 0
         out, err = capsys.readouterr()
         assert out == "122\n"
-        assert "asks for repetition_penalty 1.3: not applied\n" in err
+        assert "asks for no_repeat_ngram_size 30: not applied\n" in err
 
     def test_a_thinking_budget_and_a_stop_string(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--thinking-budget", "3", "--stop", ".", SUM]) == 0

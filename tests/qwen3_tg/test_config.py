@@ -341,14 +341,33 @@ def test_do_sample_false_is_temperature_zero_whatever_else_is_said():
     )
 
 
+def test_a_hybrid_model_that_does_not_think_is_sampled_as_qwen_advises():
+    """Qwen3's model cards: 0.6 and 0.95 with thinking, 0.7 and 0.8 without, 20 for both."""
+    found = GenerationConfig(eos_token_ids=(7,)).without_thinking()
+    assert found == GenerationConfig(eos_token_ids=(7,), temperature=0.7, top_p=0.8)
+    own = GenerationConfig(temperature=0.5)
+    assert own.without_thinking() == own
+
+
+def test_a_repetition_penalty_is_taken_from_the_generation_config():
+    found = GenerationConfig.from_dicts({"repetition_penalty": 1.05}, {}, "x")
+    assert (found.repetition_penalty, found.not_applied) == (1.05, ())
+    with pytest.raises(CheckpointError, match="repetition_penalty must be above 0"):
+        GenerationConfig.from_dicts({"repetition_penalty": 0}, {}, "x")
+
+
 def test_wishes_of_the_generation_config_that_are_not_computed_are_told():
-    wishes = {"repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "bad_words_ids": [[1]]}
+    wishes = {"encoder_repetition_penalty": 1.05, "no_repeat_ngram_size": 3, "bad_words_ids": [[1]]}
     assert GenerationConfig.from_dicts(wishes, {}, "x").not_applied == (
-        "repetition_penalty 1.05",
+        "encoder_repetition_penalty 1.05",
         "no_repeat_ngram_size 3",
         "bad_words_ids [[1]]",
     )
-    harmless = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    harmless = {
+        "encoder_repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": None,
+    }
     assert GenerationConfig.from_dicts(harmless, {}, "x").not_applied == ()
 
 

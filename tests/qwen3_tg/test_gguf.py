@@ -230,7 +230,8 @@ def test_generation_settings_are_read(tmp_path: Path) -> None:
     found = open_gguf(file.write(tmp_path / "m.gguf")).generation
     assert found.eos_token_ids == (3, 4)
     assert (found.temperature, found.top_k, found.top_p, found.min_p) == (0.7, 5, 0.8, 0.1)
-    assert found.not_applied == ("repetition_penalty 1.5", "xtc_probability 0.5")
+    assert found.repetition_penalty == 1.5
+    assert found.not_applied == ("xtc_probability 0.5",)
 
 
 def test_template_and_special_tokens_are_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import qwen3_tg_numpy.sampling as reference
 
 from qwen3_tg.errors import UsageError
-from qwen3_tg.sampling import Sampling, candidates, sample, uniform
+from qwen3_tg.sampling import Sampling, Seen, adjusted, candidates, explain, sample, uniform
 
 # Probabilities in twentieths, by id: 2, 10, 1, 4, 3; most likely first: 1, 3, 4, 0, 2.
 TWENTIETHS = np.log(np.array([2, 10, 1, 4, 3], np.float32) / 20)
@@ -49,6 +49,76 @@ def test_the_filters_leave_the_distribution_computed_by_hand(settings, expected)
     assert p == pytest.approx(list(expected.values()), rel=1e-6)
     assert p.dtype == np.float64
     assert p.sum() == pytest.approx(1, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "answer", "expected"),
+    [
+        # what is positive is divided by 2, what is negative multiplied, each token once
+        ({"repetition_penalty": 2.0}, [0, 2], [2, 2], [1.0, 1.0, -2.0, 0.5, 0.0]),
+        ({"repetition_penalty": 0.5}, [0], [3], [4.0, 1.0, -1.0, 1.0, 0.0]),
+        # the prompt's tokens are not counted
+        ({"presence_penalty": 1.5}, [0, 1], [3, 3, 3, 4], [2.0, 1.0, -1.0, -1.0, -1.5]),
+        ({"frequency_penalty": 0.5}, [0, 1], [3, 3, 3, 4], [2.0, 1.0, -1.0, -1.0, -0.5]),
+        ({"frequency_penalty": -0.5}, [], [3, 3], [2.0, 1.0, -1.0, 1.5, 0.0]),
+        ({"logit_bias": {1: -np.inf, 4: 2.5}}, [], [], [2.0, -np.inf, -1.0, 0.5, 2.5]),
+        # in order: 2 + 4 is halved, then 1 and twice 0.25 taken
+        (
+            {
+                "logit_bias": {0: 4.0},
+                "repetition_penalty": 2.0,
+                "presence_penalty": 1.0,
+                "frequency_penalty": 0.25,
+            },
+            [],
+            [0, 0],
+            [1.5, 1.0, -1.0, 0.5, 0.0],
+        ),
+    ],
+)
+def test_biases_and_penalties_change_the_logits_as_computed_by_hand(
+    settings, prompt, answer, expected
+):
+    logits = np.array([2.0, 1.0, -1.0, 0.5, 0.0], np.float32)
+    found = adjusted(logits, Sampling(**settings), Seen(prompt, answer))
+    assert found.tolist() == expected
+    theirs = reference.penalised(logits, reference.Sampling(**settings), prompt, answer)
+    assert theirs.tolist() == expected
+    assert sample(logits, Sampling(**settings), 0, Seen(prompt, answer)) == np.argmax(expected)
+
+
+def test_only_allowed_tokens_are_drawn_and_none_is_an_error():
+    allowed = np.array([False, False, True, False, True])
+    drawn = {sample(TWENTIETHS, Sampling(1.0), n, allowed=allowed) for n in range(60)}
+    assert drawn == {2, 4}
+    assert sample(TWENTIETHS, Sampling(), 0, allowed=allowed) == 4
+    with pytest.raises(UsageError, match="every token is forbidden"):
+        sample(TWENTIETHS, Sampling(), 0, allowed=np.zeros(5, bool))
+    with pytest.raises(UsageError, match="logit_bias is of token 5; the last is 4"):
+        sample(TWENTIETHS, Sampling(logit_bias={5: 1.0}), 0)
+
+
+def test_an_explanation_shows_each_step_that_is_on_and_ends_with_the_draw():
+    settings = Sampling(0.5, top_p=0.9, top_k=3, min_p=0.1, logit_bias={2: -1.0})
+    found = explain(TWENTIETHS, settings)
+    assert [step.step for step in found] == [
+        *("", "logit_bias of 1", "temperature 0.5", "top_k 3", "top_p 0.9", "min_p 0.1")
+    ]
+    assert [len(step.ids) for step in found] == [5, 5, 5, 3, 2, 2]
+    assert found[0].p == pytest.approx([0.5, 0.2, 0.15, 0.1, 0.05])
+    ids, p = candidates(TWENTIETHS, settings)
+    assert found[-1].ids.tolist() == ids.tolist()
+    assert found[-1].p.tolist() == p.tolist()
+    greedy = explain(TWENTIETHS, Sampling(top_k=3))
+    assert [step.step for step in greedy] == ["", "temperature 0"]
+    assert greedy[-1].ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 8])
+def test_the_largest_are_those_of_a_stable_sort(count):
+    logits = np.array([0, 3, 1, 3, 1, 1, 3], np.float32)
+    ids, _ = candidates(logits, Sampling(1.0, top_k=count))
+    assert ids.tolist() == np.argsort(-logits, kind="stable")[:count].tolist()
 
 
 def test_top_p_takes_no_token_more_than_reaches_it_exactly():
@@ -171,6 +241,10 @@ def random_case(n: int) -> tuple[np.ndarray, dict[str, float], int]:
         "top_k": int(random.choice([0, 1, 2, 20, 1000])),
         "min_p": float(random.choice([0.0, 0.05, 0.5, 1.0])),
         "seed": int(random.integers(2**63)),
+        "repetition_penalty": float(random.choice([1.0, 1.0, 1.1, 0.8])),
+        "presence_penalty": float(random.choice([0.0, 0.0, 1.5])),
+        "frequency_penalty": float(random.choice([0.0, 0.0, 0.3, -0.2])),
+        "logit_bias": {0: 3.0, 1: -np.inf} if len(logits) > 2 and random.random() < 0.3 else {},
     }
     return logits, settings, int(random.integers(10_000))
 
@@ -180,10 +254,13 @@ def test_the_reference_written_apart_agrees_on_200_random_cases():
     for n in range(200):
         logits, settings, step = random_case(n)
         ours, theirs = Sampling(**settings), reference.Sampling(**settings)
-        assert sample(logits, ours, step) == reference.sample(logits, theirs, step), n
+        prompt, answer = np.random.default_rng(n).integers(0, len(logits), (2, 9)).tolist()
+        seen = Seen(prompt, answer)
+        token = sample(logits, ours, step, seen)
+        assert token == reference.sample(logits, theirs, step, prompt, answer), n
         if settings["temperature"] > 0:
-            ids, p = candidates(logits, ours)
-            reference_ids, reference_p = reference.candidates(logits, theirs)
+            ids, p = candidates(logits, ours, seen)
+            reference_ids, reference_p = reference.candidates(logits, theirs, prompt, answer)
             assert ids.tolist() == reference_ids.tolist(), n
             assert p == pytest.approx(reference_p, rel=1e-12), n
             several += len(ids) > 1
@@ -205,6 +282,10 @@ def test_the_reference_written_apart_agrees_on_200_random_cases():
         ("min_p", float("nan"), "from 0 to 1"),
         ("seed", -1, "from 0 to 2**128 - 1"),
         ("seed", 2**128, "from 0 to 2**128 - 1"),
+        ("repetition_penalty", 0, "above 0"),
+        ("repetition_penalty", float("inf"), "above 0"),
+        ("presence_penalty", float("nan"), "a number"),
+        ("frequency_penalty", float("inf"), "a number"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value, expected):
@@ -224,6 +305,12 @@ def test_by_default_it_is_greedy_and_every_filter_is_off():
 
 def test_a_tiny_temperature_takes_the_likeliest_token() -> None:
     assert sample(np.array([1.0, 30.0, -5.0]), Sampling(temperature=1e-308), 0) == 1
+
+
+@pytest.mark.parametrize("bias", [{-1: 1.0}, {"a": 1.0}, {3: np.inf}, {3: np.nan}, {3: "1"}])
+def test_a_bias_that_is_none_is_refused(bias: dict) -> None:
+    with pytest.raises(UsageError, match="logit_bias"):
+        Sampling(logit_bias=bias)
 
 
 @pytest.mark.parametrize("bad", [{"top_k": None}, {"top_k": 2.5}, {"seed": 1.5}])
