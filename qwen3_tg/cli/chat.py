@@ -57,11 +57,14 @@ def _talk(conversation: Conversation, keeper: Keeper, keep_history: bool) -> Non
     commands = Commands(conversation, keeper, keys.edit)
     while (typed := keys.read()) is not None:
         text = keyboard.message(typed)
-        with keyboard.keys_not_shown():
-            is_message = keyboard.is_quoted(typed) or not commands.obey(text)
-            if is_message and text.strip() and not conversation.ask(text):
-                terminal.note("(not kept; /regen asks it again, /edit changes it)")
-            _keep(keeper)
+        try:
+            with keyboard.keys_not_shown():
+                is_message = keyboard.is_quoted(typed) or not commands.obey(text)
+                if is_message and text.strip() and not conversation.ask(text):
+                    terminal.note("(not kept; /regen asks it again, /edit changes it)")
+                _keep(keeper)
+        except KeyboardInterrupt:  # outside of an answer, such as while a file is read
+            terminal.note("(stopped)")
 
 
 def _read_lines(conversation: Conversation, keeper: Keeper) -> None:

@@ -126,7 +126,7 @@ class Commands:
             raise UsageError("nothing was asked yet that could be answered again")
         if choose_sampling(self._talk.options, self._talk.llm).temperature == 0:
             terminal.note("(the temperature is 0, which gives the same answer: /set temperature)")
-        self._talk.ask_again()
+        self._ask_again()
 
     def _edit(self, argument: str) -> None:
         question = self._talk.question()
@@ -138,7 +138,11 @@ class Commands:
         if text is None or not text.strip():
             terminal.note("(nothing was changed)")
         else:
-            self._talk.ask_again(text)
+            self._ask_again(text)
+
+    def _ask_again(self, text: str | None = None) -> None:
+        if not self._talk.ask_again(text):
+            terminal.note("(no new answer: what was said before stays)")
 
     def _undo(self, argument: str) -> None:
         terminal.note(f"({self._talk.undo() or 'there is nothing to take back'})")
@@ -171,19 +175,21 @@ class Commands:
         if tokens >= left:
             raise UsageError(f"{path}: {tokens:,} tokens; the context has room for {left:,} more")
         talk.files = talk.files | {str(path): f"{path.name}:\n\n{text.rstrip()}"}
-        size = len(text.encode())
-        terminal.note(f"({path}: {size:,} bytes, {tokens:,} tokens, go into the next message)")
+        terminal.note(
+            f"({path}: {path.stat().st_size:,} bytes, {tokens:,} tokens, go into the next message)"
+        )
 
     def _stats(self, argument: str) -> None:
         talk = self._talk
         used, context = talk.used_tokens(), talk.llm.context
         terminal.note(f"context: {used:,} of {context:,} tokens used, {context - used:,} left")
         questions = sum(message["role"] == "user" for message in talk.messages)
-        terminal.note(f"conversation: {count(talk.messages)}, {questions} of them yours")
+        terminal.note(f"conversation: {count(talk.messages)}, {questions} of you")
         if talk.ends:
             terminal.note(f"last answer: {terminal.counts(talk.ends[-1])}")
             made = sum(end.thinking_tokens + end.answer_tokens for end in talk.ends)
-            terminal.note(f"since the start: {len(talk.ends)} answers, {made:,} tokens")
+            answers = f"{len(talk.ends)} answer{'s' * (len(talk.ends) != 1)}"
+            terminal.note(f"since the start: {answers}, {made:,} tokens")
 
     def _exit(self, argument: str) -> None:
         raise Leave
@@ -208,7 +214,7 @@ COMMANDS = {
         Command("/no_think", "answer at once, from now on", Commands._no_think),
         Command(
             "/thinking WORD",
-            "on, off; show what was thought last; full, fold: how it is shown",
+            "on, off; show the last one; full, fold: how it looks",
             Commands._thinking,
             ("on", "off", "show", "full", "fold"),
         ),
@@ -232,7 +238,7 @@ COMMANDS = {
     )
 }
 _KEYS = '''\
-Enter sends. Alt-Enter, a \\ at the end, or """ before and after a text: more lines.
+Enter sends; for more lines: Alt-Enter, a \\ at the end, or """ before and after.
 Up: what was sent before; Tab completes; Ctrl-X Ctrl-E opens your $EDITOR.
 Ctrl-C stops an answer, and what came of it is kept.
 A line for the model that starts with a command needs a space before it.'''

@@ -29,9 +29,10 @@ class Keeper:
             self._take(session.read(path), path)
             for setting, value in said.items():
                 setattr(options, setting, value)
-        self._path, self._always = path, True
-        self.after_a_turn()
-        session.write(path, self._now())  # an unwritable place is found now, not after an answer
+        else:
+            terminal.note(f"(the conversation is kept in {path})")
+        self._path, self._always, self._kept = path, True, self._now()
+        session.write(path, self._kept)  # an unwritable place is found now, not after an answer
 
     def after_a_turn(self) -> None:
         """To call after whatever may have changed the conversation."""

@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
+from rich.style import Style
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +31,7 @@ _PARSER.disable([*_NOT_MARKDOWN, "reference", "lheading"])
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")  # Python's own splitlines() knows more ends of a line
 _PADDING = re.compile(r"(\x1b\[[\d;]*m\s*\x1b\[0m|\s)+$")
 _FENCE = re.compile(r"( {0,3})(`{3,}|~{3,}) *([^\n`]*)")
+_LEAST_COLUMNS = 6  # for text within lists and quotes
 # Colours that can be read on a dark terminal and on a light one.
 _CODE_COLOURS = "ansi_dark"
 _THEME = Theme(
@@ -208,10 +210,30 @@ class _List(rich_markdown.ListElement):
         first = None if self.list_type == "bullet_list_open" else self.list_start or 0
         for n, item in enumerate(self.items):
             mark = " • " if first is None else f"{first + n:2}. "
-            inside = options.update(width=max(1, options.max_width - len(mark)))
-            for line in console.render_lines(item.elements, inside, style=item.style):
-                yield from (Segment(mark), *line, Segment.line())
-                mark = " " * len(mark)
+            yield from _within(item.elements, mark, " " * len(mark), console, options)
+
+
+class _Quote(rich_markdown.BlockQuote):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _within(self.elements, "▌ ", "▌ ", console, options, self.style)
+
+
+def _within(
+    elements: RenderableType,
+    first: str,
+    other: str,
+    console: Console,
+    options: ConsoleOptions,
+    style: Style | None = None,
+) -> RenderResult:
+    """Blocks in a block, with a mark before the first line and one before each other; without
+    them where it is so deep that hardly any room is left."""
+    if options.max_width - len(first) < _LEAST_COLUMNS:
+        first = other = ""
+    inside = options.update(width=options.max_width - len(first))
+    for line in console.render_lines(elements, inside, style=style):
+        yield from (Segment(first, style), *line, Segment.line())
+        first = other
 
 
 class _Table(rich_markdown.TableElement):
@@ -235,6 +257,7 @@ class _Markdown(rich_markdown.Markdown):
         "fence": _Code,
         "code_block": _Code,
         "hr": _Rule,
+        "blockquote_open": _Quote,
         "bullet_list_open": _List,
         "ordered_list_open": _List,
         "table_open": _Table,

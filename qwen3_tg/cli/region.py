@@ -37,6 +37,7 @@ class Region:
         same = _common(self._shown, new) if same_width else 0
         text = self._continued(new, same) if same_width else None
         if text is None:
+            same = min(same, max(0, len(new) - 1))  # the cursor belongs at the end of a line
             text = self._back(same, columns) + "\n".join(new[same:])
         if done and not live:
             text += "\n"
@@ -47,9 +48,9 @@ class Region:
 
     def _continued(self, new: list[str], same: int) -> str | None:
         """What to write where the last line only grows or lines follow; else None."""
-        if not self._shown:
-            return "\n".join(new)
         last = len(self._shown) - 1
+        if last < 0:
+            return "\n".join(new)
         if same > last:
             return "".join("\n" + line for line in new[same:])
         if same == last < len(new) and new[last].startswith(self._shown[last]):
@@ -59,8 +60,6 @@ class Region:
     def _back(self, same: int, columns: int) -> str:
         """Move to the start of the first line that changes, and clear from there on."""
         changing = self._shown[same:]
-        if not changing:
-            return "\r\n" if self._shown else ""
         # a terminal that became narrower has wrapped them
         rows = sum(max(1, -(-_width(line) // columns)) for line in changing)
         return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "") + "\x1b[J"

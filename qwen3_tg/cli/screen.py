@@ -24,12 +24,14 @@ class ScreenPrinter(terminal.ReplyPrinter):
         self._count, self._folds = count, sys.stderr.isatty() and not full
         self._thoughts, self._answer = Region(sys.stderr), Region(sys.stdout)
         self._markdown = MarkdownStream()
+        self._tail = ""  # of the thinking, from the start of a line on the screen
         self._began, self._next_look = 0.0, 0.0
 
     def show_thinking(self, text: str) -> None:
         if not self._folds:
             return super().show_thinking(text)
         self._began = self._began or time.perf_counter()
+        self._tail += terminal.harmless(text)
         self._now_and_then(self._show_thoughts)
         return None
 
@@ -39,7 +41,7 @@ class ScreenPrinter(terminal.ReplyPrinter):
         self._thoughts.update([], [])
         count = self._count(self.thinking)
         seconds = time.perf_counter() - self._began
-        terminal.note(f"thought for {count} tokens, {seconds:.1f} s")
+        terminal.note(f"thought for {count} token{'s' * (count != 1)}, {seconds:.1f} s")
         return None
 
     def show_text(self, text: str) -> None:
@@ -59,9 +61,12 @@ class ScreenPrinter(terminal.ReplyPrinter):
 
     def _show_thoughts(self) -> None:
         columns, rows = self._thoughts.size()
-        tail = terminal.harmless(self.thinking)[-columns * _THINKING_ROWS :]
-        lines = terminal.dim_lines(tail, columns)
-        self._thoughts.update([], lines[-max(1, min(_THINKING_ROWS, rows // 2)) :])
+        lines = terminal.wrapped(self._tail, columns)
+        shown = lines[-max(1, min(_THINKING_ROWS, rows // 2)) :]
+        self._thoughts.update([], [terminal.dim(line) for line in shown])
+        if len(lines) > 4 * _THINKING_ROWS:  # so that wrapping takes no longer and longer
+            end = self._tail[len(self._tail.rstrip()) :]
+            self._tail = "\n".join(lines[-_THINKING_ROWS:]) + end
 
     def _show_answer(self, finished: bool = False) -> None:
         self._answer.update(*self._markdown.lines(self._answer.size().columns, finished))

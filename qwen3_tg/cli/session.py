@@ -120,6 +120,10 @@ def _session(content: Any) -> Session:
     if places := [n for n, message in enumerate(messages) if message["role"] == "system"]:
         raise UsageError(f"damaged: message {places[0]} is a system message, which has its place")
     settings.check(content["settings"])
+    try:
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # JSON can name half a character
+        raise UsageError("damaged: a text in it is not valid Unicode") from None
     return Session(**{name: content[name] for name in kinds})
 
 

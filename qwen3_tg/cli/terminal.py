@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ class ReplyPrinter:
             self.end_thinking()
 
     def show_thinking(self, text: str) -> None:
-        _write(sys.stderr, text, dim=True)
+        _write(sys.stderr, text, is_dim=True)
 
     def end_thinking(self) -> None:
         _write(sys.stderr, "\n\n")
@@ -84,9 +85,13 @@ def _call(piece: ToolCall) -> str:
 
 
 def note(text: str) -> None:
-    """A remark of ours, dim, on stderr."""
-    _write(sys.stderr, text, dim=True)
-    _write(sys.stderr, "\n")
+    """A remark of ours, dim, on stderr; on a terminal no word of it is broken."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        sys.stderr.write("".join(f"{dim(line)}\n" for line in wrapped(harmless(text), columns)))
+        sys.stderr.flush()
+    else:
+        _write(sys.stderr, f"{text}\n")
 
 
 def note_device(policy: Policy, seconds: float) -> None:
@@ -196,14 +201,18 @@ def harmless(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
-def dim_lines(text: str, columns: int) -> list[str]:
-    """Wrapped to lines of a terminal, each with its codes."""
+def wrapped(text: str, columns: int) -> list[str]:
+    """Lines of at most so many columns, broken between words where there are any."""
     from rich.console import Console
     from rich.text import Text
 
     lines = Text(text, overflow="fold").wrap(Console(width=columns), columns)
-    codes = (_DIM, _RESET) if obeys_codes() else ("", "")
-    return [f"{codes[0]}{line.plain.rstrip()}{codes[1]}" for line in lines]
+    return [line.plain.rstrip() for line in lines]
+
+
+def dim(line: str) -> str:
+    """With the codes around it, for a terminal that shows them."""
+    return f"{_DIM}{line}{_RESET}" if line and obeys_codes() else line
 
 
 def obeys_codes() -> bool:
@@ -211,9 +220,8 @@ def obeys_codes() -> bool:
     return os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
 
 
-def _write(stream: TextIO, text: str, dim: bool = False) -> None:
+def _write(stream: TextIO, text: str, is_dim: bool = False) -> None:
     if stream.isatty():
-        text = harmless(text)
-        text = f"{_DIM}{text}{_RESET}" if dim and obeys_codes() else text
+        text = dim(harmless(text)) if is_dim else harmless(text)
     stream.write(text)
     stream.flush()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+import signal
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwen3_tg.cli import terminal
@@ -30,8 +32,9 @@ def perform(
         if printer.reason == "context":
             terminal.note("(/clear starts anew)")
     except KeyboardInterrupt:
-        printer.finish()
-        terminal.note("(stopped)")
+        with _deaf_to_ctrl_c():  # pressed twice it stops the answer, too, and nothing else
+            printer.finish()
+            terminal.note("(stopped)")
     except ContextError as e:
         terminal.note(f"error: {e}; /clear starts anew, /undo takes the last turn back")
         return None
@@ -40,6 +43,15 @@ def perform(
         terminal.note(f"error: {e}")
         return None
     return {"role": "assistant", "content": printer.text} if printer.text else None
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def content_of(message: Mapping[str, Any]) -> str:
