@@ -140,6 +140,7 @@ class MarkdownStream:
         text_lines = _LINE.findall(text)
         starts = [start for start, _ in _blocks(text)]
         found: list[str] = []
+        self._gap = self._gap or (bool(starts) and starts[0] > 0)
         for start, end in pairwise([*starts, len(text_lines)]):
             block = "".join(text_lines[start:end])
             found += [*self._due(), *_rendered(_Markdown(block), columns)]

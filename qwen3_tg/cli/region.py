@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import TextIO
 
+from qwen3_tg.cli import terminal
+
 
 class Region:
     """Lines that are shown on `stream`, a terminal, below what was there. They may hold the codes
@@ -20,12 +22,8 @@ class Region:
         self._columns = 0
 
     def size(self) -> os.terminal_size:
-        """Columns and lines; 80 x 24 where the terminal does not say."""
-        try:
-            found = os.get_terminal_size(self._stream.fileno())
-        except (OSError, ValueError):  # a stream of a test has no number
-            found = os.terminal_size((0, 0))
-        return os.terminal_size((found.columns or 80, found.lines or 24))
+        """Columns and lines."""
+        return terminal.size(self._stream)
 
     def update(self, done: list[str], live: list[str]) -> None:
         """Show `done`, which stays, and below it as many of the last lines of `live` as fit."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -87,8 +86,8 @@ def _call(piece: ToolCall) -> str:
 def note(text: str) -> None:
     """A remark of ours, dim, on stderr; on a terminal no word of it is broken."""
     if sys.stderr.isatty():
-        columns = shutil.get_terminal_size().columns
-        sys.stderr.write("".join(f"{dim(line)}\n" for line in wrapped(harmless(text), columns)))
+        lines = wrapped(harmless(text), size(sys.stderr).columns)
+        sys.stderr.write("".join(f"{dim(line)}\n" for line in lines))
         sys.stderr.flush()
     else:
         _write(sys.stderr, f"{text}\n")
@@ -199,6 +198,15 @@ def _waiting(llm: LLM) -> Iterator[None]:
 def harmless(text: str) -> str:
     """Without the control characters that a terminal would obey."""
     return _CONTROL.sub("\ufffd", text)
+
+
+def size(stream: TextIO) -> os.terminal_size:
+    """Columns and lines of a terminal; 80 x 24 where it does not say."""
+    try:
+        found = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):  # a stream in memory has no number
+        found = os.terminal_size((0, 0))
+    return os.terminal_size((found.columns or 80, found.lines or 24))
 
 
 def wrapped(text: str, columns: int) -> list[str]:

@@ -10,6 +10,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.markdown import MarkdownStream
@@ -45,6 +46,10 @@ def f(x):
 ```
 > a quote
 ---
+```
+code
+```
+
 the end
 """
 SHOWN = """\
@@ -75,6 +80,10 @@ def f(x):
 ```
 ▌ a quote
 ────────────────────────────────────────
+```
+code
+```
+
 the end"""
 
 
@@ -121,8 +130,6 @@ class TestMarkdown:
         assert [CODE.sub("", line) for line in live] == ["second"]
 
     def test_what_is_live_is_never_wider_than_the_terminal(self) -> None:
-        from rich.cells import cell_len
-
         stream = MarkdownStream()
         for letter in DOCUMENT:
             stream.push(letter)
@@ -132,6 +139,11 @@ class TestMarkdown:
     @settings(deadline=None)
     @given(st.text(alphabet="ab *`_~#>-+1.|\n\\[]()<&:\t你", max_size=80))
     def test_no_text_breaks_it(self, text: str) -> None:
+        stream = MarkdownStream()
+        for letter in text:
+            stream.push(letter)
+            live = stream.lines(10)[1]
+            assert all(cell_len(CODE.sub("", line)) <= 10 for line in live)
         letters = re.sub(r"[^ab你]", "", "".join(shown(list(text), columns=10)))
         kept = {c: text.count(c) for c in "ab你"}
         languages = re.findall(r"[`~]{3}[^\n]*", text)  # of code may be cut off
@@ -172,8 +184,7 @@ def take_the_streams(monkeypatch: pytest.MonkeyPatch) -> Screen:
     """Not a fixture, as pytest takes the streams itself between a fixture and its test."""
     found = Screen()
     size = os.terminal_size((found.columns, found.rows))
-    monkeypatch.setattr(Region, "size", lambda region: size)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: size)
+    monkeypatch.setattr(terminal, "size", lambda stream: size)
     monkeypatch.setattr(sys, "stdout", found)
     monkeypatch.setattr(sys, "stderr", found)
     monkeypatch.setenv("TERM", "xterm")
