@@ -125,7 +125,7 @@ class Commands:
         if self._talk.question() is None:
             raise UsageError("nothing was asked yet that could be answered again")
         if choose_sampling(self._talk.options, self._talk.llm).temperature == 0:
-            terminal.note("(the temperature is 0, which gives the same answer: /set temperature)")
+            terminal.note("(at temperature 0 every draw is the same; /set temperature changes it)")
         self._ask_again()
 
     def _edit(self, argument: str) -> None:

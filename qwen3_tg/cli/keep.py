@@ -78,6 +78,9 @@ class Keeper:
         system = ", a system message" if found.system else ""
         chosen = ", ".join(f"{name} {value}" for name, value in found.settings.items())
         terminal.note(f"({count(found.messages)} from {path}{system}{chosen and ', ' + chosen})")
+        if question := talk.question():
+            text = " ".join(question.text.split())
+            terminal.note(f"(the last question: {text if len(text) < 60 else text[:59] + '…'})")
 
     def _now(self) -> Session:
         talk = self._talk

@@ -2,53 +2,20 @@
 
 A block (a paragraph, an item of a list, a line of code) is certain once another has begun after it
 on a whole line; until then its lines may change, as `**` in the first line may be closed in the
-third. What Markdown would drop stays: tags, backslashes (of LaTeX), line breaks, the address of a
-link. Knows nothing of cursors; region.py does.
+third. Colours are for markdown_looks.py, the cursor is for region.py.
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from itertools import pairwise
-from typing import ClassVar
 
-import rich.markdown as rich_markdown
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.segment import Segment
-from rich.style import Style
-from rich.syntax import Syntax
-from rich.table import Table
 from rich.text import Text
-from rich.theme import Theme
 
-# HTML is text here, and so are escapes, which LaTeX is full of; a line of dashes is always a rule.
-_NOT_MARKDOWN = ["html_block", "html_inline", "escape", "entity", "image", "autolink"]
-_PARSER = MarkdownIt("commonmark").enable(["strikethrough", "table"])
-_PARSER.disable([*_NOT_MARKDOWN, "reference", "lheading"])
+from qwen3_tg.cli.markdown_looks import PARSER, Block, highlight, rendered
+
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")  # Python's own splitlines() knows more ends of a line
-_PADDING = re.compile(r"(\x1b\[[\d;]*m\s*\x1b\[0m|\s)+$")
 _FENCE = re.compile(r"( {0,3})(`{3,}|~{3,}) *([^\n`]*)")
-_LEAST_COLUMNS = 6  # for text within lists and quotes
-# Colours that can be read on a dark terminal and on a light one.
-_CODE_COLOURS = "ansi_dark"
-_THEME = Theme(
-    {f"markdown.h{n}": "bold" for n in range(2, 7)}
-    | {
-        "markdown.h1": "bold underline",
-        "markdown.code": "cyan",
-        "markdown.item.bullet": "none",
-        "markdown.item.number": "none",
-        "markdown.block_quote": "italic",
-        "markdown.link": "none",
-        "markdown.link_url": "underline",
-        "markdown.hr": "dim",
-        "markdown.table.border": "dim",
-        "markdown.table.header": "bold",
-    }
-)
 
 
 class MarkdownStream:
@@ -96,7 +63,7 @@ class MarkdownStream:
             return False
         self._fence, self._code = (opening[1], opening[2], opening[3].strip()), []
         self._pending = self._pending[len(text_lines[code]) :]
-        done += [*self._due(), *_rendered(Text(text_lines[code].strip(), "dim"), 0)]
+        done += [*self._due(), *rendered(Text(text_lines[code].strip(), "dim"), 0)]
         return True
 
     def _take_code(self, done: list[str]) -> bool:
@@ -110,7 +77,7 @@ class MarkdownStream:
                 self._pending = "\n".join([*whole[n + 1 :], self._pending])
                 self._fence = None
                 done += self._coloured(language, len(self._code) - n)
-                done += _rendered(Text(bare, "dim"), 0)
+                done += rendered(Text(bare, "dim"), 0)
                 return True
             self._code.append(_unindented(line, indent))
         done += self._coloured(language, len(self._code) - len(whole))
@@ -121,8 +88,8 @@ class MarkdownStream:
         wrapped: the terminal does that, and then they are copied as they are."""
         if start >= len(self._code):
             return []
-        text = _highlight("\n".join(self._code), language)
-        return [_rendered(line, 0)[0] for line in text.split("\n", allow_blank=True)[start:]][
+        text = highlight("\n".join(self._code), language)
+        return [rendered(line, 0)[0] for line in text.split("\n", allow_blank=True)[start:]][
             : len(self._code) - start
         ]
 
@@ -132,8 +99,8 @@ class MarkdownStream:
         if not self._pending or set(self._pending.strip()) <= {marker[0]}:  # the end, perhaps
             return []
         line = _unindented(self._pending, indent)
-        text = _highlight("\n".join([*self._code, line]), language)
-        return _rendered(text.split("\n", allow_blank=True)[len(self._code)], columns)
+        text = highlight("\n".join([*self._code, line]), language)
+        return rendered(text.split("\n", allow_blank=True)[len(self._code)], columns)
 
     def _render(self, text: str, columns: int) -> list[str]:
         """Blocks with an empty line between them where the text has any."""
@@ -143,7 +110,7 @@ class MarkdownStream:
         self._gap = self._gap or (bool(starts) and starts[0] > 0)
         for start, end in pairwise([*starts, len(text_lines)]):
             block = "".join(text_lines[start:end])
-            found += [*self._due(), *_rendered(_Markdown(block), columns)]
+            found += [*self._due(), *rendered(Block(block), columns)]
             self._gap = not text_lines[end - 1].strip()
         if not starts:
             self._gap = self._gap or "\n" in text
@@ -158,7 +125,7 @@ class MarkdownStream:
 def _blocks(text: str) -> list[tuple[int, str]]:
     """The first line and the kind of each block; the items of a list are blocks of their own."""
     found = []
-    for token in _PARSER.parse(text):
+    for token in PARSER.parse(text):
         is_item = token.level == 1 and token.type == "list_item_open"
         is_block = token.level == 0 and not token.type.endswith("list_open")
         if token.map and token.nesting >= 0 and (is_item or is_block):
@@ -168,111 +135,3 @@ def _blocks(text: str) -> list[tuple[int, str]]:
 
 def _unindented(line: str, indent: str) -> str:
     return line[min(len(indent), len(line) - len(line.lstrip(" "))) :]
-
-
-def _highlight(code: str, language: str) -> Text:
-    syntax = Syntax("", language.split(" ")[0] or "text", theme=_CODE_COLOURS)
-    text = syntax.highlight(code)
-    text.no_wrap, text.overflow = False, "fold"
-    return text
-
-
-@lru_cache(maxsize=4)
-def _console(columns: int) -> Console:
-    return Console(
-        width=columns, height=1000, force_terminal=True, theme=_THEME, highlight=False, emoji=False
-    )
-
-
-def _rendered(what: RenderableType, columns: int) -> list[str]:
-    """The lines of it, with codes for colours; columns 0 are as many as a line takes."""
-    console = _console(columns or 80)
-    with console.capture() as capture:
-        console.print(what, soft_wrap=not columns)
-    text = capture.get() if not columns else capture.get().strip("\n")
-    return [_PADDING.sub("", line) for line in text.removesuffix("\n").split("\n")]
-
-
-class _Heading(rich_markdown.Heading):
-    LEVEL_ALIGN: ClassVar = {}  # none is centred
-
-
-class _Code(rich_markdown.CodeBlock):
-    """Code within another block; that on its own is taken line by line."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _highlight(str(self.text).rstrip("\n"), self.lexer_name)
-
-
-class _List(rich_markdown.ListElement):
-    """With a point after a number."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        first = None if self.list_type == "bullet_list_open" else self.list_start or 0
-        for n, item in enumerate(self.items):
-            mark = " • " if first is None else f"{first + n:2}. "
-            yield from _within(item.elements, mark, " " * len(mark), console, options)
-
-
-class _Quote(rich_markdown.BlockQuote):
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from _within(self.elements, "▌ ", "▌ ", console, options, self.style)
-
-
-def _within(
-    elements: RenderableType,
-    first: str,
-    other: str,
-    console: Console,
-    options: ConsoleOptions,
-    style: Style | None = None,
-) -> RenderResult:
-    """Blocks in a block, with a mark before the first line and one before each other; without
-    them where it is so deep that hardly any room is left."""
-    if options.max_width - len(first) < _LEAST_COLUMNS:
-        first = other = ""
-    inside = options.update(width=options.max_width - len(first))
-    for line in console.render_lines(elements, inside, style=style):
-        yield from (Segment(first, style), *line, Segment.line())
-        first = other
-
-
-class _Table(rich_markdown.TableElement):
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for table in super().__rich_console__(console, options):
-            assert isinstance(table, Table)
-            table.show_edge = False
-            yield table
-
-
-class _Rule(rich_markdown.HorizontalRule):
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text("─" * min(options.max_width, 40), console.get_style("markdown.hr"))
-
-
-class _Markdown(rich_markdown.Markdown):
-    """One block as rich shows it."""
-
-    elements: ClassVar = rich_markdown.Markdown.elements | {
-        "heading_open": _Heading,
-        "fence": _Code,
-        "code_block": _Code,
-        "hr": _Rule,
-        "blockquote_open": _Quote,
-        "bullet_list_open": _List,
-        "ordered_list_open": _List,
-        "table_open": _Table,
-    }
-
-    def __init__(self, markup: str):
-        super().__init__("", justify="default", hyperlinks=False, code_theme=_CODE_COLOURS)
-        self.parsed = _PARSER.parse(markup)
-        for token in self.parsed:
-            for child in token.children or ():
-                _keep_line_break(child)
-
-
-def _keep_line_break(token: Token) -> None:
-    """A model that breaks a line means it."""
-    if token.type == "softbreak":
-        token.type = "hardbreak"
