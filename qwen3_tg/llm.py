@@ -33,7 +33,7 @@ from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from qwen3_tg.generate import Engine, Generation
+    from qwen3_tg.generate import Engine, Generation, OnStep
 
 # What Qwen advises to close the thinking with when its budget is spent (Qwen3 documentation,
 # "Thinking Budget").
@@ -43,6 +43,9 @@ BUDGET_SPENT = (
 )
 
 Tools = Sequence[Mapping[str, Any]]
+
+# Added to a seed for another draw, it is far from any other seed that a user gives.
+ANOTHER_SEED = 2**64
 
 
 def load(
@@ -170,6 +173,11 @@ class LLM:
         """Whether the template has a switch for thinking: those of hybrid models do."""
         return "enable_thinking" in self.chat_template.variables
 
+    @property
+    def can_think(self) -> bool:
+        """Whether the template knows of thinking: those of hybrid and of Thinking models do."""
+        return THINK in self.chat_template.source
+
     def default_sampling(self, seed: int | None = None, thinking: bool = True) -> Sampling:
         """The checkpoint's own advice, or Qwen's for a hybrid model that is not to think, with this
         seed or a random one."""
@@ -200,6 +208,11 @@ class LLM:
         """Logits after each of `ids`: (S, V) float32."""
         return self._engine.all_logits(ids)
 
+    def next_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after the last of `ids`: (V,) float32. Computes only what differs from the ids
+        before, which is quick where they go on."""
+        return self._engine.next_logits(ids)
+
     def generate_ids(
         self,
         ids: Sequence[int],
@@ -223,11 +236,12 @@ class LLM:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         on_end: Callable[[End], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> Iterator[str]:
         """Continue a text as it is, without a template; special tokens in it act as such.
 
         Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
-        it ended."""
+        it ended, `on_step` how each token was chosen."""
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
         strings = StopStrings(stop)
@@ -235,6 +249,7 @@ class LLM:
         generation = self.generate_ids(
             tokenizer.encode(prompt), max_new_tokens, sampling or self.default_sampling()
         )
+        generation.on_step = on_step
 
         def stream() -> Iterator[str]:
             decoder = tokenizer.stream()
@@ -262,13 +277,15 @@ class LLM:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         allow_special: bool = False,
+        on_step: OnStep | None = None,
         **template_kwargs: Any,
     ) -> Iterator[Piece]:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
 
         `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
-        `stop` strings end the answer. `allow_special` lets special tokens in the messages act."""
+        `stop` strings end the answer. `allow_special` lets special tokens in the messages act.
+        `on_step` is told how each token was chosen."""
         check_messages(messages)
         check_tools(tools)
         if not isinstance(thinking, bool):
@@ -288,6 +305,7 @@ class LLM:
             raise UsageError("this model always thinks: its template has no switch for it")
         sampling = sampling or self.default_sampling(thinking=thinking)
         generation = self.generate_ids(ids, None, sampling)
+        generation.on_step = on_step
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
         return self._reply(generation, parser, strings, thinking_budget, max_new_tokens)

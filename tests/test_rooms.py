@@ -32,7 +32,7 @@ FLOORS = [
     ["step_graph"],
     ["generate"],
     ["llm"],
-    ["bench", "check", "kernels"],
+    ["bench", "check", "kernels", "replay"],
     ["usage"],
     ["cli"],
     ["__main__"],

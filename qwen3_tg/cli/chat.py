@@ -17,7 +17,7 @@ from qwen3_tg.cli.generate import (
     with_system,
 )
 from qwen3_tg.errors import ContextError, Qwen3Error, UsageError
-from qwen3_tg.llm import LLM
+from qwen3_tg.llm import ANOTHER_SEED, LLM
 
 _HELP = """\
 /thinking on|off   think before answering, or not
@@ -64,8 +64,7 @@ class Conversation:
         or with no answer at all, the message is as if never sent."""
         messages = [*self.messages, {"role": "user", "content": text}]
         printer = terminal.ReplyPrinter(self.sampling.seed, self._options.verbose)
-        # each turn draws other random numbers, far from those of any other seed a user gives
-        seed = (self.sampling.seed + self._turns * 2**64) % 2**128
+        seed = (self.sampling.seed + self._turns * ANOTHER_SEED) % 2**128
         self._turns += 1
         try:
             pieces = reply(
