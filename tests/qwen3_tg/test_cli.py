@@ -150,7 +150,7 @@ class TestGenerate:
         assert main([*how, "--explain", "--thinking", "off", "--max-new-tokens", "4", SUM]) == 0
         err = capsys.readouterr().err
         assert "token 0: " in err and "token 3: " in err and "token 4: " not in err
-        steps = re.findall(r"^ +(\S+ ?\S*) +(\d+)  ", err, re.MULTILINE)[:5]
+        steps = re.findall(r"^ +(\S+(?: \S+)?) +(\d+)  ", err, re.MULTILINE)[:5]
         assert steps == [
             ("at first", "800"),
             ("presence_penalty 0.5", "800"),
