@@ -34,6 +34,7 @@ from qwen3_tg.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qwen3_tg.generate import Engine, Generation, OnStep
+    from qwen3_tg.loop_guard import LoopGuard, OnNotice
 
 # What Qwen advises to close the thinking with when its budget is spent (Qwen3 documentation,
 # "Thinking Budget").
@@ -237,11 +238,15 @@ class LLM:
         stop: Sequence[str] = (),
         on_end: Callable[[End], None] | None = None,
         on_step: OnStep | None = None,
+        loop_guard: bool = True,
+        on_notice: OnNotice | None = None,
     ) -> Iterator[str]:
         """Continue a text as it is, without a template; special tokens in it act as such.
 
         Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
-        it ended, `on_step` how each token was chosen."""
+        it ended, `on_step` how each token was chosen, `on_notice` what the loop guard did."""
+        from qwen3_tg.loop_guard import STOP, LoopGuard
+
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
         strings = StopStrings(stop)
@@ -251,6 +256,8 @@ class LLM:
         )
         generation.on_step = on_step
 
+        guard = LoopGuard(generation, on_notice) if loop_guard else None
+
         def stream() -> Iterator[str]:
             decoder = tokenizer.stream()
             for id in generation:
@@ -258,6 +265,8 @@ class LLM:
                     yield text
                 if strings.found:
                     break
+                if guard and guard.push(id, thinking=False) == STOP:
+                    generation.stop_reason = "loop"
             else:
                 if text := strings.push(decoder.flush()) + strings.flush():
                     yield text
@@ -278,6 +287,8 @@ class LLM:
         stop: Sequence[str] = (),
         allow_special: bool = False,
         on_step: OnStep | None = None,
+        loop_guard: bool = True,
+        on_notice: OnNotice | None = None,
         **template_kwargs: Any,
     ) -> Iterator[Piece]:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
@@ -285,7 +296,11 @@ class LLM:
         `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
         `stop` strings end the answer. `allow_special` lets special tokens in the messages act.
-        `on_step` is told how each token was chosen."""
+        `on_step` is told how each token was chosen. A reply that repeats itself without end is
+        helped out of it, or ended, unless `loop_guard` is False; `on_notice` is told what was done.
+        """
+        from qwen3_tg.loop_guard import LoopGuard
+
         check_messages(messages)
         check_tools(tools)
         if not isinstance(thinking, bool):
@@ -308,7 +323,8 @@ class LLM:
         generation.on_step = on_step
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
-        return self._reply(generation, parser, strings, thinking_budget, max_new_tokens)
+        guard = LoopGuard(generation, on_notice) if loop_guard else None
+        return self._reply(generation, parser, strings, guard, thinking_budget, max_new_tokens)
 
     def _encode(
         self,
@@ -333,6 +349,7 @@ class LLM:
         generation: Generation,
         parser: ReplyParser,
         strings: StopStrings,
+        guard: LoopGuard | None,
         thinking_budget: int | None,
         max_new_tokens: int | None,
     ) -> Iterator[Piece]:
@@ -371,6 +388,11 @@ class LLM:
                 not_answer = generation.new_tokens
             if strings.found:
                 break
+            advice = guard.push(id, parser.thinking) if guard else ""
+            if advice == "close":
+                thinking_budget = thought
+            elif advice == "stop":
+                generation.stop_reason = "loop"
         if not strings.found:
             yield from cut(parser.push(decoder.flush()) + parser.finish())
             if held := strings.flush():

@@ -31,6 +31,7 @@ FLOORS = [
     ["forward"],
     ["step_graph"],
     ["generate"],
+    ["loop_guard"],
     ["llm"],
     ["bench", "check", "kernels", "replay"],
     ["usage"],

@@ -232,6 +232,12 @@ def _add_generation(parser: _Parser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated"
     )
     reply.add_argument(
+        "--no-loop-guard",
+        dest="loop_guard",
+        action="store_false",
+        help="let an answer repeat itself without end",
+    )
+    reply.add_argument(
         "--allow-special",
         action="store_true",
         help="let special tokens such as <|im_end|> in your text act as such",

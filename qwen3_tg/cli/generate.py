@@ -153,6 +153,8 @@ def reply(
         stop=options.stop,
         allow_special=options.allow_special,
         on_step=on_step,
+        loop_guard=options.loop_guard,
+        on_notice=terminal.notice,
     )
 
 
@@ -161,7 +163,8 @@ def _continue(
 ) -> Iterator[Piece]:
     ends: list[End] = []
     how = options.max_new_tokens, sampling, options.stop
-    texts = llm.generate(prompt, *how, ends.append, on_step)
+    guard = options.loop_guard, terminal.notice
+    texts = llm.generate(prompt, *how, ends.append, on_step, *guard)
 
     def pieces() -> Iterator[Piece]:
         yield from map(Text, texts)

@@ -66,6 +66,11 @@ def note(text: str) -> None:
     _write(sys.stderr, "\n")
 
 
+def notice(text: str) -> None:
+    """What was done in the middle of an answer, whose line has not ended."""
+    note(f"\n({text})")
+
+
 def note_device(policy: Policy, seconds: float) -> None:
     how = f", {policy.kernels} kernels on {policy.threads} threads" if policy.threads else ""
     what = f"device {policy.device} ({policy.reason}), {policy.dtype}{how}"
@@ -78,6 +83,8 @@ def note_end(end: End, seed: int, verbose: bool) -> None:
         note("(cut off at --max-new-tokens)")
     elif end.reason == "context":
         note("(cut off: the context is full)")
+    elif end.reason == "loop":
+        note("(cut off: it repeats itself; --no-loop-guard lets it)")
     if not verbose:
         return
     later = end.thinking_tokens + end.answer_tokens - 1
