@@ -25,6 +25,7 @@ from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import ChatError, CheckpointError, UsageError, check_count
 from qwen3_tg.kernel_cache import KernelCache
+from qwen3_tg.overflow import fit
 from qwen3_tg.plan import ModelSize, load_factor, make_plan
 from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
@@ -204,6 +205,24 @@ class LLM:
         """The text of a conversation, by the checkpoint's own template. Raises ChatError."""
         names = dict(self.checkpoint.special_tokens) | template_kwargs
         return self.chat_template.render(messages, tools, add_generation_prompt, **names)
+
+    def fit(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        thinking: bool = True,
+        room: int | None = None,
+    ) -> tuple[list[Message], int]:
+        """A conversation that fits in the context with `room` tokens for the answer, by default a
+        quarter of it: without as many of its oldest turns as needed, and how many those were.
+
+        Raises ContextError where the system message and the last turn alone are too long."""
+        check_messages(messages)
+
+        def count(some: Sequence[Message]) -> int:
+            return len(self._encode(some, tools, thinking, False, {})[1])
+
+        return fit(messages, count, self.context, room)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: (S, V) float32."""

@@ -25,6 +25,7 @@ FLOORS = [
     ],
     ["config", "tokenizer", "reply", "device"],
     ["checkpoint", "chat", "pull", "quantize"],
+    ["overflow"],
     ["shards", "placement"],
     ["linear", "rope", "kv_cache", "kv_sizes", "tuning"],
     ["model", "plan"],
