@@ -415,7 +415,11 @@ def _add_tune(parser: _Parser) -> None:
     parser.add_argument("--kernels", choices=("generic",), help="needed on a CPU")
     parser.add_argument("--beam", type=int, default=4, metavar="N", help="ways kept a step (4)")
     parser.add_argument(
-        "--minutes", type=float, default=60, metavar="M", help="stop searching after so long (60)"
+        "--minutes",
+        type=float,
+        default=60,
+        metavar="M",
+        help="begin no other kernel after so long (60)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--export", dest="export_to", metavar="FILE", help="write what is known")
