@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
@@ -156,10 +157,27 @@ class Engine:
             yield
 
 
+@dataclass(frozen=True)
+class Step:
+    """How an id was chosen: the n-th new one, counted from 0, out of `logits` (V,) after the ids
+    `before` it, by `sampling`; `allowed` as in sampling.py. `seen` and `before` go on changing."""
+
+    n: int
+    id: int
+    logits: np.ndarray
+    sampling: Sampling
+    seen: Seen
+    before: Sequence[int]
+    allowed: np.ndarray | None = None
+
+
+OnStep = Callable[[Step], None]
+
+
 class Generation(Iterator[int]):
     """The ids that follow `prompt`, one by one. Also says, while running and after: `stop_reason`
     (None until the end; then "stop", "length" or "context"), `stop_id`, counts, and seconds.
-    `sampling` may be changed on the way."""
+    `sampling` may be changed on the way; `on_step` is told of each id that is drawn."""
 
     def __init__(
         self,
@@ -182,6 +200,7 @@ class Generation(Iterator[int]):
         self.first_token_s = self.later_tokens_s = 0.0
         self.stop_reason: str | None = None
         self.stop_id: int | None = None
+        self.on_step: OnStep | None = None
 
     def __next__(self) -> int:
         if self.stop_reason is None:
@@ -194,6 +213,9 @@ class Generation(Iterator[int]):
         began = time.perf_counter()
         logits = self._engine.next_logits(self._ids)
         id = sample(logits, self.sampling, self.new_tokens, self._seen)
+        if self.on_step:
+            how = self.sampling, self._seen, self._ids
+            self.on_step(Step(self.new_tokens, id, logits, *how))
         if self.new_tokens == 0:
             self.first_token_s = time.perf_counter() - began
         else:

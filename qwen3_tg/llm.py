@@ -25,6 +25,7 @@ from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import ChatError, CheckpointError, UsageError, check_count
 from qwen3_tg.kernel_cache import KernelCache
+from qwen3_tg.overflow import fit
 from qwen3_tg.plan import ModelSize, load_factor, make_plan
 from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
@@ -33,7 +34,8 @@ from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from qwen3_tg.generate import Engine, Generation
+    from qwen3_tg.generate import Engine, Generation, OnStep
+    from qwen3_tg.loop_guard import LoopGuard, OnNotice
 
 # What Qwen advises to close the thinking with when its budget is spent (Qwen3 documentation,
 # "Thinking Budget").
@@ -43,6 +45,9 @@ BUDGET_SPENT = (
 )
 
 Tools = Sequence[Mapping[str, Any]]
+
+# Added to a seed for another draw, it is far from any other seed that a user gives.
+ANOTHER_SEED = 2**64
 
 
 def load(
@@ -170,6 +175,11 @@ class LLM:
         """Whether the template has a switch for thinking: those of hybrid models do."""
         return "enable_thinking" in self.chat_template.variables
 
+    @property
+    def can_think(self) -> bool:
+        """Whether the template knows of thinking: those of hybrid and of Thinking models do."""
+        return THINK in self.chat_template.source
+
     def default_sampling(self, seed: int | None = None, thinking: bool = True) -> Sampling:
         """The checkpoint's own advice, or Qwen's for a hybrid model that is not to think, with this
         seed or a random one."""
@@ -196,9 +206,32 @@ class LLM:
         names = dict(self.checkpoint.special_tokens) | template_kwargs
         return self.chat_template.render(messages, tools, add_generation_prompt, **names)
 
+    def fit(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        thinking: bool = True,
+        room: int | None = None,
+    ) -> tuple[list[Message], int]:
+        """A conversation that fits in the context with `room` tokens for the answer, by default a
+        quarter of it: without as many of its oldest turns as needed, and how many those were.
+
+        Raises ContextError where the system message and the last turn alone are too long."""
+        check_messages(messages)
+
+        def count(some: Sequence[Message]) -> int:
+            return len(self._encode(some, tools, thinking, False, {})[1])
+
+        return fit(messages, count, self.context, room)
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: (S, V) float32."""
         return self._engine.all_logits(ids)
+
+    def next_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after the last of `ids`: (V,) float32. Computes only what differs from the ids
+        before, which is quick where they go on."""
+        return self._engine.next_logits(ids)
 
     def generate_ids(
         self,
@@ -223,11 +256,16 @@ class LLM:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         on_end: Callable[[End], None] | None = None,
+        on_step: OnStep | None = None,
+        loop_guard: bool = True,
+        on_notice: OnNotice | None = None,
     ) -> Iterator[str]:
         """Continue a text as it is, without a template; special tokens in it act as such.
 
         Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
-        it ended."""
+        it ended, `on_step` how each token was chosen, `on_notice` what the loop guard did."""
+        from qwen3_tg.loop_guard import STOP, LoopGuard
+
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
         strings = StopStrings(stop)
@@ -235,6 +273,9 @@ class LLM:
         generation = self.generate_ids(
             tokenizer.encode(prompt), max_new_tokens, sampling or self.default_sampling()
         )
+        generation.on_step = on_step
+
+        guard = LoopGuard(generation, on_notice) if loop_guard else None
 
         def stream() -> Iterator[str]:
             decoder = tokenizer.stream()
@@ -243,6 +284,8 @@ class LLM:
                     yield text
                 if strings.found:
                     break
+                if guard and guard.push(id, thinking=False) == STOP:
+                    generation.stop_reason = "loop"
             else:
                 if text := strings.push(decoder.flush()) + strings.flush():
                     yield text
@@ -262,13 +305,21 @@ class LLM:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         allow_special: bool = False,
+        on_step: OnStep | None = None,
+        loop_guard: bool = True,
+        on_notice: OnNotice | None = None,
         **template_kwargs: Any,
     ) -> Iterator[Piece]:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
 
         `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
-        `stop` strings end the answer. `allow_special` lets special tokens in the messages act."""
+        `stop` strings end the answer. `allow_special` lets special tokens in the messages act.
+        `on_step` is told how each token was chosen. A reply that repeats itself without end is
+        helped out of it, or ended, unless `loop_guard` is False; `on_notice` is told what was done.
+        """
+        from qwen3_tg.loop_guard import LoopGuard
+
         check_messages(messages)
         check_tools(tools)
         if not isinstance(thinking, bool):
@@ -288,9 +339,11 @@ class LLM:
             raise UsageError("this model always thinks: its template has no switch for it")
         sampling = sampling or self.default_sampling(thinking=thinking)
         generation = self.generate_ids(ids, None, sampling)
+        generation.on_step = on_step
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
-        return self._reply(generation, parser, strings, thinking_budget, max_new_tokens)
+        guard = LoopGuard(generation, on_notice) if loop_guard else None
+        return self._reply(generation, parser, strings, guard, thinking_budget, max_new_tokens)
 
     def _encode(
         self,
@@ -315,6 +368,7 @@ class LLM:
         generation: Generation,
         parser: ReplyParser,
         strings: StopStrings,
+        guard: LoopGuard | None,
         thinking_budget: int | None,
         max_new_tokens: int | None,
     ) -> Iterator[Piece]:
@@ -353,6 +407,11 @@ class LLM:
                 not_answer = generation.new_tokens
             if strings.found:
                 break
+            advice = guard.push(id, parser.thinking) if guard else ""
+            if advice == "close":
+                thinking_budget = thought
+            elif advice == "stop":
+                generation.stop_reason = "loop"
         if not strings.found:
             yield from cut(parser.push(decoder.flush()) + parser.finish())
             if held := strings.flush():

@@ -41,7 +41,8 @@ class ToolCall:
 @dataclass(frozen=True)
 class End:
     """The last piece. `reason`: "stop" (the model ended its turn), "stop_string", "length" (the
-    answer reached max_new_tokens) or "context" (nothing more fits). Counts are tokens;
+    answer reached max_new_tokens), "context" (nothing more fits) or "loop" (it repeated itself
+    without end). Counts are tokens;
     `answer_tokens` is all that is not thinking; `first_token_s` is the time to the first token and
     `later_tokens_s` the time all later ones took."""
 

@@ -148,7 +148,7 @@ def load(kind: Kind) -> Tuning:
     """What is kept for a kind of device; empty where there is nothing, or something damaged."""
     try:
         return read(_path(kind), kind)
-    except (OSError, UsageError):
+    except UsageError:
         return Tuning(kind)
 
 
@@ -161,23 +161,30 @@ def save(tuning: Tuning) -> None:
 
 
 def write(path: Path, tuning: Tuning) -> None:
-    """As a file that can be given away."""
+    """As a file that can be given away. Raises OSError."""
     kind = vars(tuning.kind)
     data = {"format": _FORMAT, "kind": kind, "ways": tuning.ways, "seconds": tuning.seconds}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def read(path: Path, kind: Kind) -> Tuning:
-    """Such a file. Raises OSError; UsageError where it is none, or not for this kind of device."""
+    """Such a file. Raises UsageError where it is none, or not for this kind of device."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data["format"] != _FORMAT:
-            raise UsageError(f"{path}: format {data['format']}, this version reads {_FORMAT}")
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{path}: not a tuning file: not JSON: {e}") from None
+    if not isinstance(data, dict) or not {"format", "kind", "ways", "seconds"} <= set(data):
+        raise UsageError(f"{path}: not a tuning file: qwen3 tune --export FILE writes one")
+    if data["format"] != _FORMAT:
+        raise UsageError(f"{path}: format {data['format']!r}, this version reads {_FORMAT!r}")
+    try:
         found = Kind(**data["kind"])
         ways = {str(key): _checked(way) for key, way in data["ways"].items()}
         seconds = {str(k): (float(a), float(b)) for k, (a, b) in data["seconds"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f"{path}: not a tuning file ({e})") from None
+        raise UsageError(f"{path}: a damaged tuning file: {one_line(e)}") from None
     for name, here in vars(kind).items():
         if (there := getattr(found, name)) != here:
             raise UsageError(f"{path} is for {name} {there!r}; here it is {here!r}")

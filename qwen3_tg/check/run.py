@@ -124,10 +124,12 @@ def check(
     config, context, _ = checkpoint.config.with_context(context)
     checkpoint = replace(checkpoint, config=config)
     check_heads(config, len(policy.devices))
-    tokens = tokens or min(policy.prefill_chunk + _MORE_THAN_A_CHUNK, context - _SINGLE)
+    if tokens is None:
+        tokens = min(policy.prefill_chunk + _MORE_THAN_A_CHUNK, context - _SINGLE)
     if not 2 <= tokens <= context - _SINGLE:
         raise UsageError(f"--tokens must be from 2 to {context - _SINGLE}, found {tokens}")
-    return _Run(checkpoint, policy, tokens, on_layer).report
+    with devices.as_default(policy.device):
+        return _Run(checkpoint, policy, tokens, on_layer).report
 
 
 class _Run:
@@ -164,8 +166,7 @@ class _Run:
         self._spans = _spans(tokens, policy.prefill_chunk)
         self._capacity = tokens + _SINGLE + policy.prefill_chunk
         table = rope_table(self._config, self._capacity)
-        with devices.as_default(policy.device):
-            self._rope = place(table, policy.devices)
+        self._rope = place(table, policy.devices)
         self._kernels = devices.own_kernels(policy)
         self.report = Report(
             str(checkpoint.path),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from qwen3_tg.checkpoint.fingerprint import fingerprint
 from qwen3_tg.checkpoint.gguf import open_gguf
 from qwen3_tg.checkpoint.gguf_names import gguf_models
 from qwen3_tg.checkpoint.hf_directory import open_hf_directory
@@ -19,6 +20,7 @@ from qwen3_tg.errors import CheckpointError
 __all__ = [
     "Checkpoint",
     "StoredWeight",
+    "fingerprint",
     "locate",
     "open_checkpoint",
     "unpack",

@@ -24,6 +24,7 @@ COMMANDS = {
     "check": "check:run",
     "kernels": "kernels:kernels",
     "tune": "tune:tune",
+    "replay": "replay:run",
 }
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
@@ -41,6 +42,7 @@ Qwen3 on whatever hardware you have.
   qwen3 check MODEL                 see whether this machine computes it right
   qwen3 kernels MODEL               read the kernels that the model becomes
   qwen3 tune MODEL                  search faster kernels for this device, once
+  qwen3 replay FILE --device D      go through a recorded answer again on another device
 """
 
 
@@ -129,6 +131,17 @@ def _parser(command: str | None) -> _Parser:
         parser.add_argument(
             "--raw", action="store_true", help="continue the prompt as it is, without a template"
         )
+        parser.add_argument(
+            "--n", type=int, default=1, metavar="N", help="so many answers, each drawn anew (1)"
+        )
+        parser.add_argument(
+            "--explain",
+            action="store_true",
+            help="show for each token the candidates after each step of sampling",
+        )
+        parser.add_argument(
+            "--record", metavar="FILE", help="write down the answer for qwen3 replay"
+        )
     _add_run(parser)
     _add_generation(parser)
     return parser
@@ -196,9 +209,35 @@ def _add_generation(parser: _Parser) -> None:
     reply.add_argument("--top-p", type=float, metavar="P", help="likeliest tokens that sum up to P")
     reply.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens; 0 is all")
     reply.add_argument("--min-p", type=float, metavar="P", help="at least P times the likeliest's")
+    reply.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="P",
+        help="above 1 makes tokens of prompt and answer less likely",
+    )
+    reply.add_argument(
+        "--presence-penalty", type=float, metavar="P", help="taken from each token of the answer"
+    )
+    reply.add_argument(
+        "--frequency-penalty", type=float, metavar="P", help="the same, as often as it is there"
+    )
+    reply.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        metavar="ID=B",
+        help="add B to the logit of this token (qwen3 tokenize shows ids); -inf forbids it; may be "
+        "repeated",
+    )
     reply.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")
     reply.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated"
+    )
+    reply.add_argument(
+        "--no-loop-guard",
+        dest="loop_guard",
+        action="store_false",
+        help="let an answer repeat itself without end",
     )
     reply.add_argument(
         "--allow-special",
@@ -397,11 +436,28 @@ def _add_tune(parser: _Parser) -> None:
     parser.add_argument("--kernels", choices=("generic",), help="needed on a CPU")
     parser.add_argument("--beam", type=int, default=4, metavar="N", help="ways kept a step (4)")
     parser.add_argument(
-        "--minutes", type=float, default=60, metavar="M", help="stop searching after so long (60)"
+        "--minutes",
+        type=float,
+        default=60,
+        metavar="M",
+        help="begin no other kernel after so long (60)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--export", dest="export_to", metavar="FILE", help="write what is known")
     form.add_argument("--import", dest="import_from", metavar="FILE", help="take what is in FILE")
+
+
+def _add_replay(parser: _Parser) -> None:
+    parser.description = (
+        "Go through an answer recorded by qwen3 --record FILE again, on another device or in\n"
+        "other types, and say where it differs: really, or by a near tie. Exit code 1: it really\n"
+        "differs."
+    )
+    parser.add_argument("file", metavar="FILE", help="what --record wrote")
+    parser.add_argument("--model", metavar="M", help="where the model is here, if elsewhere")
+    _add_device(parser, context=False)
+    _add_kernels(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
 # Commands that take none of the options of a run.
@@ -414,6 +470,7 @@ _OWN_ARGUMENTS: dict[str | None, Callable[[_Parser], None]] = {
     "check": _add_check,
     "kernels": _add_kernels_command,
     "tune": _add_tune,
+    "replay": _add_replay,
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen3_tg.cli import session, terminal
 from qwen3_tg.cli.commands import Commands, Leave
 from qwen3_tg.cli.conversation import Conversation
-from qwen3_tg.cli.generate import check_sampling, load_model
+from qwen3_tg.cli.generate import check_sampling, choose_sampling, load_model
 from qwen3_tg.cli.keep import Keeper
 from qwen3_tg.errors import UsageError
 from qwen3_tg.llm import BUDGET_SPENT, LLM
@@ -26,6 +26,7 @@ def chat(options: argparse.Namespace) -> None:
         session.read(Path(options.session).expanduser())  # refused before the model is loaded
     llm = load_model(options)
     _ = llm.chat_template  # a model without one is refused before the first question
+    choose_sampling(options, llm)  # warns of what should be known
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     def printer(seed: int) -> terminal.ReplyPrinter:

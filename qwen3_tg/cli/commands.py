@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen3_tg.cli import settings, terminal, text_file
 from qwen3_tg.cli.conversation import Conversation, count, system_fits
-from qwen3_tg.cli.generate import choose_sampling
+from qwen3_tg.cli.generate import sampling_of
 from qwen3_tg.cli.keep import Keeper
 from qwen3_tg.errors import Qwen3Error, UsageError
 
@@ -124,7 +124,7 @@ class Commands:
     def _regen(self, argument: str) -> None:
         if self._talk.question() is None:
             raise UsageError("nothing was asked yet that could be answered again")
-        if choose_sampling(self._talk.options, self._talk.llm).temperature == 0:
+        if sampling_of(self._talk.options, self._talk.llm).temperature == 0:
             terminal.note("(at temperature 0 every draw is the same; /set temperature changes it)")
         self._ask_again()
 

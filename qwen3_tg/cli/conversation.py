@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from qwen3_tg.chat import encode_chat
 from qwen3_tg.cli import terminal
-from qwen3_tg.cli.generate import choose_sampling, with_system
+from qwen3_tg.cli.generate import sampling_of, with_system
 from qwen3_tg.cli.turn import Message, content_of, perform
 from qwen3_tg.errors import ChatError
-from qwen3_tg.llm import LLM
+from qwen3_tg.llm import ANOTHER_SEED, LLM
 from qwen3_tg.reply import End
 
 
@@ -120,9 +120,9 @@ class Conversation:
         messages = [*question.before, {"role": "user", "content": question.content}]
         printer = self._printer(self.seed)
         # each turn draws other random numbers, far from those of any other seed a user gives
-        seed = (self.seed + self.draws * 2**64) % 2**128
+        seed = (self.seed + self.draws * ANOTHER_SEED) % 2**128
         self.draws += 1
-        sampling = replace(choose_sampling(self.options, self.llm), seed=seed)
+        sampling = replace(sampling_of(self.options, self.llm), seed=seed)
         sent = with_system(messages, self.options)
         answer = perform(self.llm, sent, sampling, self.options, printer)
         self.thinking = printer.thinking

@@ -17,15 +17,20 @@ _INDENT = " " * 10
 def show(options: argparse.Namespace) -> None:
     """Print every device. Raises DeviceError where none works, after that."""
     chosen: Policy | None = None
+    problem: DeviceError | None = None
     try:
         chosen = devices.choose(options.device)
-    except DeviceError:
+    except DeviceError as e:
         if options.device:
             raise
+        problem = e
     reports = devices.reports()
+    if chosen:  # one that tinygrad does not count: it takes any number of the CPU
+        known = {report.name for report in reports}
+        reports += [devices.report(name) for name in chosen.devices if name not in known]
     policies = {
         report.name: chosen
-        if chosen and report.name == chosen.device
+        if chosen and report.name in chosen.devices
         else devices.choose(report.name)
         for report in reports
         if not report.missing
@@ -36,8 +41,8 @@ def show(options: argparse.Namespace) -> None:
     else:
         for report in reports:
             print("\n".join(_lines(report, policies.get(report.name), chosen)))
-    if chosen is None:
-        raise DeviceError("no device works; what is missing is said above")
+    if problem:
+        raise problem
 
 
 def _lines(report: DeviceReport, policy: Policy | None, chosen: Policy | None) -> list[str]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from qwen3_tg import usage
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.arguments import read_text
+from qwen3_tg.cli.explain import Explainer
 from qwen3_tg.errors import UsageError, check_count
-from qwen3_tg.llm import LLM, load
+from qwen3_tg.generate import OnStep, Step
+from qwen3_tg.llm import ANOTHER_SEED, LLM, load
+from qwen3_tg.loop_guard import OnNotice
+from qwen3_tg.replay import Recording
 from qwen3_tg.reply import End, Piece, Text
 from qwen3_tg.sampling import Sampling
 
@@ -24,23 +30,56 @@ def generate(options: argparse.Namespace) -> None:
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning with --raw")
     check_sampling(options)
+    if options.record:
+        _check_record(Path(options.record), options.n)
     prompt = read_text(options.prompt, keep_end=options.raw)
     if not prompt.strip():
         raise UsageError('the prompt is empty: qwen3 "a question", or qwen3 chat to talk')
     llm = load_model(options)
     sampling = choose_sampling(options, llm)
-    pieces = _continue(llm, prompt, sampling, options) if options.raw else None
-    if pieces is None:
-        messages = [{"role": "user", "content": prompt}]
-        pieces = reply(llm, with_system(messages, options), sampling, options)
+    if options.n > 1 and sampling.temperature == 0:
+        raise UsageError(
+            f"--n {options.n} at temperature 0 would give one answer {options.n} times"
+        )
+    for number in range(options.n):
+        seed = (sampling.seed + number * ANOTHER_SEED) % 2**128
+        if options.n > 1:
+            terminal.note(f"answer {number + 1} of {options.n}, seed {seed}")
+        _answer(llm, prompt, replace(sampling, seed=seed), options)
+    if options.verbose:
+        terminal.note(usage.used_report(llm))
+
+
+def _check_record(path: Path, answers: int) -> None:
+    if answers > 1:
+        raise UsageError(f"--record is for one answer, found --n {answers}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--record: {path} cannot be written")
+
+
+def _answer(llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespace) -> None:
+    recording = Recording.of(llm, options.model, sampling) if options.record else None
+    explainer = Explainer(llm.tokenizer) if options.explain else None
+    watchers = [watch for watch in (recording, explainer) if watch]
+
+    def on_step(step: Step) -> None:
+        for watch in watchers:
+            watch(step)
+
+    if options.raw:
+        pieces = _continue(llm, prompt, sampling, options, on_step)
+    else:
+        messages = with_system([{"role": "user", "content": prompt}], options)
+        pieces = reply(llm, messages, sampling, options, on_step)
     printer = terminal.ReplyPrinter(sampling.seed, options.verbose)
     try:
         terminal.stream(pieces, printer.show, llm)
     except KeyboardInterrupt:
         printer.finish()
         raise
-    if options.verbose:
-        terminal.note(usage.used_report(llm))
+    finally:
+        if recording:
+            recording.save(Path(options.record))
 
 
 def load_model(options: argparse.Namespace) -> LLM:
@@ -70,6 +109,7 @@ def load_model(options: argparse.Namespace) -> LLM:
 def check_sampling(options: argparse.Namespace) -> None:
     """Refuse impossible numbers before anything is loaded."""
     Sampling(**_given(options))
+    check_count("--n", getattr(options, "n", None), least=1)
     check_count("--max-new-tokens", options.max_new_tokens, least=1)
     check_count("--context", options.context, least=1)
     check_count("--threads", options.threads, least=1)
@@ -79,8 +119,21 @@ def check_sampling(options: argparse.Namespace) -> None:
 
 
 def choose_sampling(options: argparse.Namespace, llm: LLM) -> Sampling:
-    """What was asked for on top of the checkpoint's advice."""
-    return replace(llm.default_sampling(thinking=options.thinking != "off"), **_given(options))
+    """What was asked for on top of the advice for this mode. Warns of what Qwen warns of."""
+    chosen, raw = sampling_of(options, llm), getattr(options, "raw", False)
+    thinking = raw or options.thinking != "off"
+    advised = llm.default_sampling(thinking=thinking).temperature
+    if chosen.temperature == 0 < advised and thinking and not raw and llm.can_think:
+        terminal.note(
+            "note: at temperature 0 thinking may repeat itself without end; Qwen advises against it"
+        )
+    return chosen
+
+
+def sampling_of(options: argparse.Namespace, llm: LLM) -> Sampling:
+    """What was asked for on top of the advice for this mode."""
+    thinking = getattr(options, "raw", False) or options.thinking != "off"
+    return replace(llm.default_sampling(thinking=thinking), **_given(options))
 
 
 def with_system(
@@ -90,7 +143,12 @@ def with_system(
 
 
 def reply(
-    llm: LLM, messages: list[dict[str, Any]], sampling: Sampling, options: argparse.Namespace
+    llm: LLM,
+    messages: list[dict[str, Any]],
+    sampling: Sampling,
+    options: argparse.Namespace,
+    on_step: OnStep | None = None,
+    on_notice: OnNotice = terminal.notice,
 ) -> Iterator[Piece]:
     """The model's turn, as the options say."""
     return llm.chat(
@@ -101,14 +159,19 @@ def reply(
         sampling=sampling,
         stop=options.stop,
         allow_special=options.allow_special,
+        on_step=on_step,
+        loop_guard=options.loop_guard,
+        on_notice=on_notice,
     )
 
 
 def _continue(
-    llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespace
+    llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespace, on_step: OnStep
 ) -> Iterator[Piece]:
     ends: list[End] = []
-    texts = llm.generate(prompt, options.max_new_tokens, sampling, options.stop, ends.append)
+    how = options.max_new_tokens, sampling, options.stop
+    guard = options.loop_guard, terminal.notice
+    texts = llm.generate(prompt, *how, ends.append, on_step, *guard)
 
     def pieces() -> Iterator[Piece]:
         yield from map(Text, texts)
@@ -118,7 +181,16 @@ def _continue(
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of Sampling that were chosen; a conversation can set more than have an option."""
-    names = [name for name in Sampling.__dataclass_fields__ if name != "logit_bias"]
-    values = {name: getattr(options, name, None) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+    names = (field.name for field in fields(Sampling) if field.name != "logit_bias")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.logit_bias:
+        given["logit_bias"] = dict(map(_read_bias, options.logit_bias))
+    return given
+
+
+def _read_bias(text: str) -> tuple[int, float]:
+    id, _, bias = text.partition("=")
+    try:
+        return int(id), float(bias)
+    except ValueError:
+        raise UsageError(f"--logit-bias must be ID=B, such as 1234=-5, found {text!r}") from None

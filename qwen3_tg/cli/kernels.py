@@ -25,16 +25,21 @@ def kernels(options: argparse.Namespace) -> int:
     if not 0 <= options.layer < layers:
         raise UsageError(f"--layer must be from 0 to {layers - 1}, found {options.layer}")
     bandwidth = None
-    if options.target:
+    if options.html and not Path(options.html).parent.is_dir():
+        raise UsageError(f"--html: {Path(options.html).parent} is no folder")
+    if options.target is not None:
         if options.device or options.kernels or options.threads:
-            raise UsageError("--target is for a device that is not here: leave --device away")
+            raise UsageError(
+                "--target is for a device that is not here: leave away --device, --kernels and "
+                "--threads"
+            )
         columns = [_lowered(name, source, options) for name in _targets(options.target)]
     else:
         column, bandwidth = _here(source, options)
         columns = [column]
     title = f"{source.name}, layer {options.layer} of {layers}"
     if options.html:
-        Path(options.html).write_text(html(title, columns, bandwidth), encoding="utf-8")
+        _write(Path(options.html), html(title, columns, bandwidth))
         terminal.note(f"written: {options.html}")
     if options.json:
         print(json.dumps(_as_json(source, options.layer, columns, bandwidth), indent=2))
@@ -43,6 +48,13 @@ def kernels(options: argparse.Namespace) -> int:
         for column in columns:
             _print(column, bandwidth, options.source)
     return 1 if any(column.problems for column in columns) else 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise UsageError(f"--html: {path}: {e.strerror or e}") from None
 
 
 def _source(options: argparse.Namespace) -> Source:
@@ -57,6 +69,8 @@ def _targets(typed: list[str]) -> list[str]:
     from qwen3_tg.kernels.targets import TARGETS, find_target
 
     names = [name for text in typed for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--target names no target; known: {', '.join(TARGETS)}, or all")
     if any(name.strip().lower() == "all" for name in names):
         return list(TARGETS)
     return list(dict.fromkeys(find_target(name).name for name in names))
@@ -110,7 +124,8 @@ def _here(source: Source, options: argparse.Namespace) -> tuple[Column, float]:
     devices.check_single(policy, "kernels")
     weights = source.weights if source.is_here else with_random_values(source.weights)
     how = source.config, weights, options.layer, policy
-    with terminal.progress(f"{policy.device}: timing") as on_kernel:
+    default = devices.as_default(policy.device)
+    with default, terminal.progress(f"{policy.device}: timing") as on_kernel:
         if policy.kernels == "generic":
             made = list(lowered(*how, on_kernel=on_kernel))
             language = type(Device[policy.device].renderer).__name__.removesuffix("Renderer")
@@ -126,7 +141,7 @@ def _print(column: Column, bandwidth: float | None, sources: bool) -> None:
     print(f"\n{column.name}: {column.language}, {column.types}; {column.outcome}")
     timed = bandwidth is not None
     if bandwidth is not None:
-        print(f"a copy of memory: {bandwidth / 1e9:.1f} GB/s")
+        print(f"a copy of memory: {bandwidth / 1e9:.1f} GB/s; above 100 %: from caches")
     phase = ""
     for row in rows([column]):
         if row.phase != phase:

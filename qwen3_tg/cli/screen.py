@@ -24,8 +24,18 @@ class ScreenPrinter(terminal.ReplyPrinter):
         self._count, self._folds = count, sys.stderr.isatty() and not full
         self._thoughts, self._answer = Region(sys.stderr), Region(sys.stdout)
         self._markdown = MarkdownStream()
+        self._notices: list[str] = []
         self._tail = ""  # of the thinking, from the start of a line on the screen
         self._began, self._next_look = 0.0, 0.0
+
+    def notice(self, text: str) -> None:
+        self._notices.append(text)  # told once no line of the reply is rewritten any more
+
+    def finish(self) -> None:
+        super().finish()
+        for text in self._notices:
+            terminal.note(f"({text})")
+        self._notices = []
 
     def show_thinking(self, text: str) -> None:
         if not self._folds:

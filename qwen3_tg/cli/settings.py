@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3_tg.cli.generate import choose_sampling
+from qwen3_tg.cli.generate import sampling_of
 from qwen3_tg.errors import Qwen3Error, UsageError, check_count
 from qwen3_tg.llm import LLM
 from qwen3_tg.sampling import Sampling
@@ -61,7 +61,7 @@ def check(settings: Mapping[str, Any]) -> None:
 def table(options: argparse.Namespace, llm: LLM, seed: int) -> str:
     """All settings with the values in use and what they may be."""
     lengths = {name: getattr(options, name) for name in ("max_new_tokens", "thinking_budget")}
-    used = vars(choose_sampling(options, llm)) | lengths | {"seed": seed}
+    used = vars(sampling_of(options, llm)) | lengths | {"seed": seed}
     rows = []
     for name, (_, values) in RANGES.items():
         value = "-" if used[name] is None else str(used[name])

@@ -65,6 +65,10 @@ class ReplyPrinter:
             self._is_thinking = False
             self.end_thinking()
 
+    def notice(self, text: str) -> None:
+        """Tell what was done in the middle of the reply."""
+        notice(text)
+
     def show_thinking(self, text: str) -> None:
         _write(sys.stderr, text, is_dim=True)
 
@@ -93,6 +97,11 @@ def note(text: str) -> None:
         _write(sys.stderr, f"{text}\n")
 
 
+def notice(text: str) -> None:
+    """What was done in the middle of an answer, whose line has not ended."""
+    note(f"\n({text})")
+
+
 def note_device(policy: Policy, seconds: float) -> None:
     how = f", {policy.kernels} kernels on {policy.threads} threads" if policy.threads else ""
     what = f"device {policy.device} ({policy.reason}), {policy.dtype}{how}"
@@ -105,6 +114,8 @@ def note_end(end: End, seed: int, verbose: bool) -> None:
         note("(cut off at --max-new-tokens)")
     elif end.reason == "context":
         note("(cut off: the context is full)")
+    elif end.reason == "loop":
+        note("(cut off: it repeats itself; --no-loop-guard lets it)")
     if verbose:
         note(f"{counts(end)}; ended by {end.reason}; seed {seed}")
 

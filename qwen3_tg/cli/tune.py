@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,10 @@ def tune(options: argparse.Namespace) -> None:
 def _export(found: tuning.Tuning, path: Path) -> None:
     if not found.ways:
         raise UsageError("nothing was tuned for this device yet: qwen3 tune MODEL")
-    tuning.write(path, found)
+    try:
+        tuning.write(path, found)
+    except OSError as e:
+        raise UsageError(f"--export: {path}: {e.strerror or e}") from None
     print(f"{path}: {_count(found)} for {found.kind.what} ({found.kind.renderer})")
 
 
@@ -65,28 +69,40 @@ def _search(options: argparse.Namespace, kind: tuning.Kind) -> None:
     keys = ("device", "dtype", "kv_dtype", "kernels", "shape", "context")
     what = {key: getattr(options, key) for key in keys}
     what |= {"model": options.model or "tiny", "quant": options.quant or "bf16"}
-    before = _speeds(what)
     until = time.monotonic() + 60 * options.minutes
+    terminal.note("measuring how fast it is now; its kernels are made first")
+    before = _speeds(what)
     found = tuning.load(kind)
     known = set(found.ways)
     left: list[int] = []
+    terminal.note("searching; Ctrl-C keeps what was found")
     with terminal.loading() as on_progress:
         llm = load_or_make(what, on_progress)
-    llm.lower_by(lambda: _told(found, options.beam, until, left))
-    measure(llm, [llm.policy.prefill_chunk], [1], [0], 1)
+    graphs = itertools.count(1)
+    llm.lower_by(lambda: _told(found, options.beam, until, left, next(graphs)))
+    try:
+        measure(llm, [llm.policy.prefill_chunk], [1], [0], 1)
+    except KeyboardInterrupt:
+        terminal.note(f"stopped; kept: {_count(found)}")
+        raise
     del llm
-    after = _speeds(what)
     new = [key for key in found.ways if key not in known]
     better = [key for key in new if found.ways[key]]
-    print(f"{len(new)} kernels were searched, {len(better)} became faster; now {_count(found)}")
+    faster = f"{len(better)} became faster" if better else "none became faster"
+    print(f"searched: {len(new)}, of which {faster}; now {_count(found)}")
     if left:
-        print(f"{len(left)} were left for want of time: run it again to go on")
-    for name, speed in after.items():
+        print(f"left for want of time: {len(left)}; run it again to go on")
+    if not better:
+        return
+    terminal.note("measuring again")
+    for name, speed in _speeds(what).items():
         print(f"{name}: {before[name]:.2f} -> {speed:.2f} tokens/s ({speed / before[name]:.2f})")
 
 
 @contextlib.contextmanager
-def _told(found: tuning.Tuning, beam: int, until: float, left: list[int]) -> Iterator[None]:
+def _told(
+    found: tuning.Tuning, beam: int, until: float, left: list[int], graph: int
+) -> Iterator[None]:
     began = time.monotonic()
 
     def on_kernel(number: int, total: int, outcome: str) -> None:
@@ -95,7 +111,8 @@ def _told(found: tuning.Tuning, beam: int, until: float, left: list[int]) -> Ite
             return
         each = (time.monotonic() - began) / number
         terminal.note(
-            f"kernel {number} of {total}: {outcome}; about {each * (total - number):.0f} s left"
+            f"graph {graph}, kernel {number} of {total}: {outcome}; about "
+            f"{each * (total - number):.0f} s left of this graph"
         )
 
     with found.searching(beam, until, on_kernel):
@@ -111,4 +128,5 @@ def _speeds(what: dict[str, Any]) -> dict[str, float]:
 
 def _count(found: tuning.Tuning) -> str:
     own = sum(map(bool, found.ways.values()))
-    return f"{len(found.ways)} kernels are known, {own} in a way of their own"
+    kernels = "1 kernel is" if len(found.ways) == 1 else f"{len(found.ways)} kernels are"
+    return f"{kernels} known, {own} in a way of their own"

@@ -27,7 +27,7 @@ def perform(
     """The model's message after these; None where there is none, after an error, which is told, or
     where Ctrl-C came before the answer. What was answered before Ctrl-C is the answer."""
     try:
-        pieces = reply(llm, messages, sampling, options)
+        pieces = reply(llm, messages, sampling, options, on_notice=printer.notice)
         terminal.stream(pieces, printer.show, llm)
         if printer.reason == "context":
             terminal.note("(/clear starts anew)")

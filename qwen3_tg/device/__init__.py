@@ -4,7 +4,7 @@ tinygrad brings the devices. `found` says which of them work here, `missing` wha
 not, `policy` how the model runs on one, `memory` what room it has.
 """
 
-from qwen3_tg.device.found import DeviceReport, as_default, describe, formats_of, reports
+from qwen3_tg.device.found import DeviceReport, as_default, describe, formats_of, report, reports
 from qwen3_tg.device.memory import (
     Memory,
     check_memory,
@@ -44,6 +44,7 @@ __all__ = [
     "imagined",
     "memory_of",
     "own_kernels",
+    "report",
     "reports",
     "shares_memory",
     "shares_scratch",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,11 +56,12 @@ def reports() -> list[DeviceReport]:
             continue
         count = Device[kind].count() if kind != "CPU" else 1
         for name in [kind, *(f"{kind}:{number}" for number in range(1, count))]:
-            found.append(_report(name))
+            found.append(report(name))
     return found
 
 
-def _report(name: str) -> DeviceReport:
+def report(name: str) -> DeviceReport:
+    """Of one device."""
     from tinygrad.device import Device
 
     if lacking := problem_of(name):
@@ -84,11 +86,12 @@ def pick(device: str | None) -> tuple[str, str]:
     if asked:
         names = [Device.canonicalize(part.strip()) for part in each(asked)]
         for name in names:
-            number = name.partition(":")[2]
-            if family(name) not in ALL_DEVICES or (number and not number.isdecimal()):
+            number = name.partition(":")[2] or "0"
+            if family(name) not in ALL_DEVICES or not re.fullmatch("0|[1-9][0-9]{0,3}", number):
                 raise UsageError(
                     f"unknown device {asked!r}; known: {', '.join(ALL_DEVICES)}, "
-                    "with a number for another one of a kind (CUDA:1)"
+                    "with a number for another one of a kind (CUDA:1); another renderer is chosen "
+                    "by the environment variable DEV (DEV=CPU:LLVM)"
                 )
         if len(set(names)) < len(names) or len(set(map(family, names))) > 1:
             raise UsageError(
@@ -117,7 +120,7 @@ def problem_of(name: str) -> Missing | None:
         Device[name]
         Device[name].renderer  # noqa: B018 - the compiler is looked for here
     except Exception as e:  # drivers fail in every way there is
-        return missing.after_failing(name, e)
+        return _absent_number(name) or missing.after_failing(name, e)
     try:
         # no constant, for which tinygrad would first look for its default device, in all of them
         one, other = (Tensor(values, device=name) for values in ([1.0, 2.0], [3.0, 0.5]))
@@ -127,17 +130,29 @@ def problem_of(name: str) -> Missing | None:
     return None if right else Missing("a test kernel gave wrong numbers")
 
 
+def _absent_number(name: str) -> Missing | None:
+    """Where there are devices of this kind, but not so many."""
+    from tinygrad.device import Device
+
+    kind, number = family(name), int(name.partition(":")[2] or 0)
+    if number == 0 or problem_of(kind) is not None:
+        return None
+    count = Device[kind].count()
+    what = f"the last {kind} device is {kind}:{count - 1}" if count > 1 else f"there is one {kind}"
+    return Missing(what) if number >= count else None
+
+
 @contextlib.contextmanager
 def as_default(name: str) -> Iterator[None]:
     """tinygrad's default device, where the user set none with DEV: or else tinygrad looks for one,
-    in all there are, whenever something has no device of its own."""
+    in all there are, whenever something has no device of its own, or a kernel is tried out."""
     from tinygrad import helpers
 
     if helpers.DEV.device:
         yield
         return
     context: Any = helpers.Context
-    with context(DEV=each(name)[0]):
+    with context(DEV=family(name)):  # with a number, DEV would say a renderer
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -121,8 +122,6 @@ def _adreno(arch: str) -> TargetCompiler:
 
 
 def _metal(arch: str) -> TargetCompiler:
-    import sys
-
     if sys.platform == "darwin":
         from tinygrad.runtime.ops_metal import MetalCompiler
 
@@ -138,7 +137,7 @@ def _metal(arch: str) -> TargetCompiler:
     return TargetCompiler(f"{found.version}, syntax and types", check, compiles=False)
 
 
-_PIP = "pip install 'qwen3-tg[targets]'"
+_PIP = f"{sys.executable} -m pip install 'qwen3-tg[targets]'"
 _HOW_TO_GET = {
     "CUDARenderer": _PIP,
     "PTXRenderer": _PIP,

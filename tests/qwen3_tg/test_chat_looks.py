@@ -269,6 +269,18 @@ class TestScreenPrinter:
         printer.finish()
         assert not re.search(r"\x07|\x1b\[2J|\x1b\]", screen.getvalue())
 
+    def test_a_notice_in_the_middle_of_an_answer_comes_after_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        screen = take_the_streams(monkeypatch)
+        printer = ScreenPrinter(0, False, lambda text: 1)
+        printer.show(Text("one "))
+        printer.notice("it repeats itself")
+        printer.show(Text("two"))
+        printer.finish()
+        printer.finish()
+        assert screen.lines() == ["one two", "(it repeats itself)", ""]
+
     def test_notes_are_wrapped_between_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
         screen = take_the_streams(monkeypatch)
         terminal.note("several words that are longer than a line of the terminal")

@@ -321,6 +321,7 @@ def test_the_command_says_what_is_wrong_and_what_to_do(
     ("options", "message"),
     [
         (["--tokens", "1"], "--tokens must be from 2 to"),
+        (["--tokens", "0"], "--tokens must be from 2 to"),
         (["--tokens", "99999999"], "--tokens must be from 2 to"),
         (["--device", "nonsense"], "unknown device"),
         (["/no/such/model"], "no/such/model"),

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -119,6 +120,64 @@ class TestGenerate:
         out, err = capsys.readouterr()
         assert out == "122\n"
         assert "asks for no_repeat_ngram_size 30: not applied\n" in err
+
+    def test_a_forbidden_token_is_not_drawn(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["tokenize", "--ids", "2"]) == 0
+        id = capsys.readouterr().out.strip()
+        assert main(["--logit-bias", f"{id}=-inf", "--thinking-budget", "0", SUM]) == 0
+        assert "2" not in capsys.readouterr().out
+
+    def test_several_answers_are_drawn_anew_and_each_can_be_had_again(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        how = ["--temperature", "3", "--seed", "7", "--thinking", "off", "--max-new-tokens", "9"]
+        assert main([*how, "--n", "3", SUM]) == 0
+        out, err = capsys.readouterr()
+        seeds = re.findall(r"answer . of 3, seed (\d+)", err)
+        assert seeds[0] == "7" and len(set(seeds)) == 3
+        assert main([*how, "--seed", seeds[2], SUM]) == 0
+        last = capsys.readouterr().out
+        assert out.endswith(last) and out.count("\n") >= 3
+        assert main(["--n", "2", SUM]) == 2
+        assert "at temperature 0 would give one answer 2 times" in one_error(
+            capsys.readouterr().err
+        )
+
+    def test_an_explanation_shows_what_each_step_left_and_took(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        how = ["--temperature", "0.7", "--top-k", "3", "--presence-penalty", "0.5"]
+        assert main([*how, "--explain", "--thinking", "off", "--max-new-tokens", "4", SUM]) == 0
+        err = capsys.readouterr().err
+        assert "token 0: " in err and "token 3: " in err and "token 4: " not in err
+        steps = re.findall(r"^ +(\S+(?: \S+)?) +(\d+)  ", err, re.MULTILINE)[:5]
+        assert steps == [
+            ("at first", "800"),
+            ("presence_penalty 0.5", "800"),
+            ("temperature 0.7", "800"),
+            ("top_k 3", "3"),
+            ("took", "797"),
+        ]
+
+    def test_greedy_thinking_is_warned_of_where_the_checkpoint_does_not_ask_for_it(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(locate("tiny"), tmp_path / "model")
+        (tmp_path / "model" / "generation_config.json").unlink()
+        model = ["--model", str(tmp_path / "model")]
+        assert main([*model, "--temperature", "0", SUM]) == 0
+        assert "note: at temperature 0 thinking may repeat itself" in capsys.readouterr().err
+        assert main([*model, "--temperature", "0", "--thinking", "off", SUM]) == 0
+        assert "note" not in capsys.readouterr().err
+        assert main(["--temperature", "0", SUM]) == 0
+        assert "note" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("bias", ["x=1", "5", "5=y", "-1=2", "5=inf", "900=1"])
+    def test_a_bias_that_is_none_is_one_error(
+        self, bias: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["--logit-bias", bias, SUM]) == 2
+        assert "bias" in one_error(capsys.readouterr().err)
 
     def test_a_thinking_budget_and_a_stop_string(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--thinking-budget", "3", "--stop", ".", SUM]) == 0

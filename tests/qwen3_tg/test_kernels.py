@@ -181,3 +181,19 @@ def test_what_makes_no_sense_is_refused(
 def test_an_unknown_target_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         find_target("gpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--target", ""], "--target names no target"),
+        (["--target", "WGSL", "--device", "CPU"], "leave away --device"),
+        (["--target", "WGSL", "--html", "/nowhere/page.html"], "--html: /nowhere is no folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_computed(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kernels", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err

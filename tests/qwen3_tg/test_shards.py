@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,6 +160,8 @@ def test_a_check_of_several_devices_goes_through_every_step() -> None:
         ("CPU,CUDA", {}, UsageError, "different ones of a kind"),
         ("CPU,NOTHING", {}, UsageError, "unknown device 'CPU,NOTHING'"),
         ("CPU,", {}, UsageError, "unknown device 'CPU,'"),
+        ("CPU:LLVM", {}, UsageError, "DEV=CPU:LLVM"),
+        ("CPU:00", {}, UsageError, "unknown device 'CPU:00'"),
         ("CPU:0,CPU:1,CPU:2", {}, UsageError, "2 key/value heads .* 3 devices; take 1, 2"),
         ("CUDA:0,CUDA:1", {}, DeviceError, "device CUDA does not work"),
         ("CPU:0,CPU:1", {"kernels": "fast"}, UsageError, "not for CPU,CPU:1"),
@@ -188,3 +194,17 @@ def test_the_devices_that_would_be_taken_are_marked(capsys: pytest.CaptureFixtur
     assert main(["devices", "--device", cpus(2)]) == 0
     out = capsys.readouterr().out
     assert "* CPU " in out and "chosen: asked for, with CPU:1" in out
+    assert "* CPU:1 " in out and "chosen: asked for, with CPU\n" in out
+    assert "fast kernels" not in out
+    assert main(["devices", "--device", "CPU:5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in found["devices"] if one["chosen"]] == ["CPU:5"]
+
+
+@pytest.mark.parametrize("device", ["CPU:1", "CPU:2,CPU:1"])
+def test_a_device_with_a_number_is_taken_where_dev_says_none(device: str) -> None:
+    """As with CUDA:1: to tinygrad's DEV, what follows a colon is a renderer."""
+    environment = {name: value for name, value in os.environ.items() if name != "DEV"}
+    command = [sys.executable, "-m", "qwen3_tg", "--device", device, "What is 37 + 85?"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.returncode) == ("122\n", 0), done.stderr

@@ -161,9 +161,15 @@ def test_the_command_gives_away_and_takes(
     tuning.save(Tuning(kind, {"ef": [("UPCAST", 0, 2)]}))
     assert main([*generic, "--import", str(file)]) == 0
     assert "2 kernels are new; now 3 kernels are known" in capsys.readouterr().out
-    file.write_text("{}")
-    assert main([*generic, "--import", str(file)]) == 2
-    assert "not a tuning file" in capsys.readouterr().err
+    for text in ("{}", "[1]", "7", "{"):
+        file.write_text(text)
+        assert main([*generic, "--import", str(file)]) == 2
+        assert "not a tuning file" in capsys.readouterr().err
+    for option, path in (("--import", tmp_path), ("--import", tmp_path / "no" / "t.json")):
+        assert main([*generic, option, str(path)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {path}: ")
+    assert main([*generic, "--export", str(tmp_path / "no" / "t.json")]) == 2
+    assert "--export: " in capsys.readouterr().err
 
 
 def test_the_cpus_own_kernels_are_not_tuned(capsys: pytest.CaptureFixture[str]) -> None:

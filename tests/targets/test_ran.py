@@ -65,3 +65,26 @@ def run(dev: str, device: str, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["dtype"] == "float32"
     return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", str(GOLDEN / "tied_float32"), "--tokens", "9", "--device", "CPU"],
+        ["kernels", str(GOLDEN / "tied_float32"), "--device", "CPU"],
+        ["--device", "CPU", "What is 37 + 85?"],
+        ["check", str(GOLDEN / "tied_float32"), "--tokens", "9"],
+    ],
+    ids=["check", "kernels", "answer", "the first that works"],
+)
+def test_the_cpu_computes_where_another_device_comes_first(
+    arguments: list[str], needs_device: Any
+) -> None:
+    """tinygrad's own choice would be OpenCL here, for whatever names no device."""
+    needs_device("CL")
+    environment = {name: value for name, value in os.environ.items() if name != "DEV"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    command = [sys.executable, "-m", "qwen3_tg", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "CPU" in done.stdout or done.stdout == "122\n"
