@@ -89,7 +89,11 @@ ALWAYS void dot_units(UnitOf *unit, const int values, const int bytes, const int
     f8 sums[PARTS][FEW] = {0};
     float extra[PARTS][FEW] = {0};
     const u8 *w[PARTS];
+    const i16 *x[FEW];
+    const float *scale[FEW], *over[FEW];
     for (int s = 0; s < parts; s++) w[s] = first + rows[s] * m->row_bytes;
+    for (int p = 0; p < positions; p++)
+        x[p] = a[p].q, scale[p] = a[p].scale, over[p] = group == 16 ? a[p].sum16 : a[p].sum32;
     for (i64 n = 0; n < m->inputs / values; n++) {
 #pragma clang loop unroll(full)
         for (int s = 0; s < parts; s++) {
@@ -100,11 +104,10 @@ ALWAYS void dot_units(UnitOf *unit, const int values, const int bytes, const int
             unit(w[s], &u);
 #pragma clang loop unroll(full)
             for (int p = 0; p < positions; p++) {
-                const float *scale = a[p].scale + n * (values / 32);
                 part[p][0] = sums[s][p], part[p][1] = (f8)0.0f;
                 if (group == 32) {
-                    if (values == 32) scales[p][0] = u.scale[0] * scale[0];
-                    else store(scales[p], load(u.scale) * load(scale));
+                    if (values == 32) scales[p][0] = u.scale[0] * scale[p][0];
+                    else store(scales[p], load(u.scale) * load(scale[p]));
                 }
             }
 #pragma clang loop unroll(full)
@@ -114,31 +117,30 @@ ALWAYS void dot_units(UnitOf *unit, const int values, const int bytes, const int
                 i16x16 odd = is_signed ? q >> 8 : (i16x16)((u16x16)q >> 8);
 #pragma clang loop unroll(full)
                 for (int p = 0; p < positions; p++) {
-                    const i16 *x = a[p].q + n * values + 32 * i;
-                    i32x8 sum = pair_products(even, READ(i16x16, x)) +
-                                pair_products(odd, READ(i16x16, x + 16));
+                    i32x8 sum = pair_products(even, READ(i16x16, x[p] + 32 * i)) +
+                                pair_products(odd, READ(i16x16, x[p] + 32 * i + 16));
                     f8 floats = __builtin_convertvector(sum, f8);
                     if (group == 32) {
                         part[p][i & 1] += floats * scales[p][i];
                     } else {
-                        float scale = a[p].scale[n * (values / 32) + i];
-                        float t = u.scale[2 * i] * scale, v = u.scale[2 * i + 1] * scale;
+                        float t = u.scale[2 * i] * scale[p][i], v = u.scale[2 * i + 1] * scale[p][i];
                         part[p][i & 1] += floats * (f8){t, t, t, t, v, v, v, v};
                     }
                 }
             }
 #pragma clang loop unroll(full)
             for (int p = 0; p < positions; p++) {
-                const float *over = (group == 16 ? a[p].sum16 : a[p].sum32) + n * (values / group);
-                if (!is_signed && values == 32) extra[s][p] += u.offset[0] * over[0];
+                if (!is_signed && values == 32) extra[s][p] += u.offset[0] * over[p][0];
                 if (!is_signed && values == 256)
 #pragma clang loop unroll(full)
                     for (int g = 0; g < values / group; g += 8)
-                        part[p][1] += load(u.offset + g) * load(over + g);
+                        part[p][1] += load(u.offset + g) * load(over[p] + g);
                 sums[s][p] = values == 32 ? part[p][0] : part[p][0] + part[p][1];
             }
             w[s] += bytes;
         }
+        for (int p = 0; p < positions; p++)
+            x[p] += values, scale[p] += values / 32, over[p] += values / group;
     }
     for (int s = 0; s < parts; s++)
         for (int p = 0; p < positions; p++) y[p * ldy + rows[s]] = sum(sums[s][p]) + extra[s][p];

@@ -156,7 +156,8 @@ static Activations prepared(const float *x, i64 inputs, const float *weight, flo
 
 // Outputs of one matrix or of up to three, side by side. GATED: silu of the first's times the
 // second's. ALIKE: of each position to the last bit what it has alone.
-// flags, x, norm's weight (for one position, or where they are alike) or 0, eps, out, its row, what is added or 0,
+// flags, x, norm's weight (for one position, or where they are alike) or 0, eps, out, its row, what is
+// added or 0,
 // how many matrices, matrices
 static void linear(const Task *t) {
     const i64 *n = t->step;

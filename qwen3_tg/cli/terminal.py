@@ -87,6 +87,9 @@ def note_end(end: End, seed: int, verbose: bool) -> None:
         f"answer {end.answer_tokens}; first token after {end.first_token_s:.2f} s{speed}; "
         f"ended by {end.reason}; seed {seed}"
     )
+    if end.guessed_tokens:
+        gain = f"; {end.gain:.2f} times as fast as without" if end.gain else ""
+        note(f"guesses: {end.right_guesses} of {end.guessed_tokens} tokens right{gain}")
 
 
 @contextmanager
