@@ -193,6 +193,8 @@ class LLM:
     @on_kernels.setter
     def on_kernels(self, report: Callable[[int, int], None] | None) -> None:
         self._engine.kernels.on_kernels = report
+        if self.draft:
+            self.draft.on_kernels = report
 
     @property
     def can_choose_to_think(self) -> bool:
