@@ -71,8 +71,12 @@ class Fast:
         return ()
 
     def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
+        from qwen3_tg_cpu import MOST_ALIKE
+
         model = self.model
-        steps = self.kernels.steps(ids, at, model.config.rms_norm_eps)
+        # few positions are those of a verification: to be what they would be one by one
+        alike = int(ids.shape[1]) <= MOST_ALIKE
+        steps = self.kernels.steps(ids, at, model.config.rms_norm_eps, alike)
         x = steps.embed(model.embed_tokens.weight)
         for (attention, mlp), kv in zip(self._layers, cache.layers, strict=True):
             x = steps.attention(x, attention, model.rope, kv.k, kv.v)

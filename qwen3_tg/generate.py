@@ -3,13 +3,14 @@
 The only owner of positions and of what the cache holds. Two graphs are captured (step_graph.py):
 one computes a whole chunk of new positions, the other a single one. The position is an input of
 both, so no length of text is compiled anew; only when the cache grows (see kv_cache.py) are they
-captured again.
+captured again. Where tokens are guessed ahead (speculate.py), a third one computes few positions.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,12 +25,16 @@ from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.linear import DTYPES
+from qwen3_tg.pace import LENGTHS
 from qwen3_tg.sampling import Sampling, Seen, sample
+from qwen3_tg.speculate import Speculation
 from qwen3_tg.step_graph import StepGraph
 from qwen3_tg.tuning import Tuning
 
 # Positions whose logits are computed together where all are wanted: they are large.
 _EVERY_CHUNK = 64
+# And where guesses are looked at: one width, so that there is one graph.
+_FEW = LENGTHS[-1] + 1
 # tinygrad captures and schedules for a whole process: one thread computes at a time.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -58,27 +63,46 @@ class Engine:
         limit = context + policy.prefill_chunk
         self._cache = KVCache(config, limit, DTYPES[policy.kv_dtype], policy.device)
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
+        # ids guessed to follow those, with the logits after each: theirs are written, but held only
+        # once they are asked for, so that guesses change nothing that is reused later
+        self._ahead: list[tuple[int, np.ndarray]] = []
         self._graphs: dict[str, StepGraph] = {}
+        self.captures = 0
 
     @property
     def cache_capacity(self) -> int:
         """Positions that the cache has room for at present; it grows up to the context."""
         return self._cache.capacity
 
-    def next_logits(self, ids: Sequence[int]) -> np.ndarray:
+    def missing(self, ids: Sequence[int]) -> int:
+        """How many of `ids` next_logits has to compute: none where the last one was guessed."""
+        if self._was_guessed(list(ids)):
+            return 0
+        return len(ids) - self._first_new(list(ids))
+
+    def next_logits(self, ids: Sequence[int], guess: Sequence[int] = ()) -> np.ndarray:
         """Logits for the token after `ids`, which start at position 0: (V,) float32.
 
+        Where only the last id is missing, those after each of a `guess` of what follows are
+        computed with it, as far as they fit: asked for next, they are there.
         Raises ContextError if they do not fit, UsageError for none or ids out of range."""
         with _ONE_AT_A_TIME:
-            return self._next_logits(list(ids))
+            return self._next_logits(list(ids), list(guess)[: self._size("few") - 1])
 
-    def _next_logits(self, ids: list[int]) -> np.ndarray:
+    def _next_logits(self, ids: list[int], guess: list[int]) -> np.ndarray:
         self._check_length(ids)
+        if self._was_guessed(ids):
+            id, logits = self._ahead.pop(0)
+            self._cached_ids.append(id)
+            return logits
         # 1. Keep what the cache holds of these ids; the last one is computed in any case.
-        start = min(_common_prefix(self._cached_ids, ids), len(ids) - 1)
-        self._check_ids(ids[start:])
+        start = self._first_new(ids)
+        guess = guess[: self.context - len(ids)]
+        self._check_ids(ids[start:] + guess)
         self._forget_from(start)
         self._reserve(len(ids))
+        if guess and start == len(ids) - 1:
+            return self._look_ahead([ids[-1], *guess], start)
         # 2. Compute the rest, a chunk at a time.
         while True:
             new = ids[start : start + self._chunk] if len(ids) - start > 1 else ids[start:]
@@ -87,6 +111,22 @@ class Engine:
             start += len(new)
             if start == len(ids):
                 return logits
+
+    def _look_ahead(self, new: list[int], start: int) -> np.ndarray:
+        """Logits after the first of new ids; those after the others are kept for when they are
+        asked for."""
+        first, *others = self._run("few", new, start)
+        self._cached_ids.append(new[0])
+        self._ahead = list(zip(new[1:], others, strict=True))
+        logits: np.ndarray = first
+        return logits
+
+    def _was_guessed(self, ids: list[int]) -> bool:
+        return bool(self._ahead) and ids == [*self._cached_ids, self._ahead[0][0]]
+
+    def _first_new(self, ids: list[int]) -> int:
+        """The first of these ids that has to be computed: the last one has in any case."""
+        return min(_common_prefix(self._cached_ids, ids), len(ids) - 1)
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after every one of `ids`: (S, V) float32. Errors as for next_logits."""
@@ -101,7 +141,7 @@ class Engine:
         rows = []
         for start in range(0, len(ids), self._size("all")):
             new = ids[start : start + self._size("all")]
-            rows.append(self._run("all", new, start)[: len(new)])
+            rows.append(self._run("all", new, start))
             self._cached_ids += new
         return np.concatenate(rows)
 
@@ -123,6 +163,7 @@ class Engine:
     def _forget_from(self, start: int) -> None:
         """To call before rows from `start` on are overwritten: a step may break off halfway."""
         del self._cached_ids[start:]
+        self._ahead = []
 
     def _reserve(self, positions: int) -> None:
         positions += self._chunk - 1  # the last chunk is padded
@@ -132,19 +173,21 @@ class Engine:
 
     def _size(self, kind: str) -> int:
         """New positions that a graph computes."""
-        return {"decode": 1, "prefill": self._chunk, "all": min(self._chunk, _EVERY_CHUNK)}[kind]
+        sizes = {"decode": 1, "few": _FEW, "prefill": self._chunk, "all": _EVERY_CHUNK}
+        return min(sizes[kind], self._chunk)
 
     def _run(self, kind: str, new: list[int], start: int) -> np.ndarray:
         """One step of the graph `kind` on new ids at positions start, start + 1, ..."""
         known = kind in self._graphs
         if not known:
-            size, every = self._size(kind), kind == "all"
+            size, every = self._size(kind), kind in ("all", "few")
             self._graphs[kind] = StepGraph(self.forward, self._cache, self._device, size, every)
         with nullcontext() if known else self._capturing():
             logits = self._graphs[kind](new, start)
         if not known:
+            self.captures += 1
             self.kernels.save()
-        if not np.isfinite(logits[..., : len(new), :] if kind == "all" else logits).all():
+        if not np.isfinite(logits).all():
             raise DeviceError(
                 f"{self._device} gave logits that are not finite numbers: the weights are damaged, "
                 "or numbers overflow there; try --dtype float32, or another --device"
@@ -177,7 +220,8 @@ OnStep = Callable[[Step], None]
 class Generation(Iterator[int]):
     """The ids that follow `prompt`, one by one. Also says, while running and after: `stop_reason`
     (None until the end; then "stop", "length" or "context"), `stop_id`, counts, and seconds.
-    `sampling` may be changed on the way; `on_step` is told of each id that is drawn."""
+    `sampling` may be changed on the way; `on_step` is told of each id that is drawn. `speculation`
+    makes it faster, where it does."""
 
     def __init__(
         self,
@@ -186,6 +230,7 @@ class Generation(Iterator[int]):
         max_new_tokens: int | None,
         sampling: Sampling,
         stop_ids: Collection[int],
+        speculation: Speculation | None = None,
     ):
         check_count("max_new_tokens", max_new_tokens, least=1)
         if len(prompt) >= engine.context:
@@ -194,7 +239,7 @@ class Generation(Iterator[int]):
                 "no room for an answer; shorten the prompt or load with a larger context"
             )
         self._engine, self.sampling, self._stop_ids = engine, sampling, frozenset(stop_ids)
-        self._ids, self._seen = list(prompt), Seen(prompt)
+        self._ids, self._seen, self.speculation = list(prompt), Seen(prompt), speculation
         self.max_new_tokens = max_new_tokens
         self.prompt_tokens, self.new_tokens = len(prompt), 0
         self.first_token_s = self.later_tokens_s = 0.0
@@ -211,8 +256,10 @@ class Generation(Iterator[int]):
         if self.stop_reason is not None:
             raise StopIteration
         began = time.perf_counter()
-        logits = self._engine.next_logits(self._ids)
-        id = sample(logits, self.sampling, self.new_tokens, self._seen)
+        logits = self._logits()
+        id = self._choose(logits)
+        if self.speculation:
+            self.speculation.took(id)
         if self.on_step:
             how = self.sampling, self._seen, self._ids
             self.on_step(Step(self.new_tokens, id, logits, *how))
@@ -226,10 +273,28 @@ class Generation(Iterator[int]):
         self._append([id])
         return id
 
+    def _logits(self) -> np.ndarray:
+        if self.speculation is None:
+            return self._engine.next_logits(self._ids)
+        room = self._engine.context - len(self._ids)
+        if self.max_new_tokens is not None:  # the token that these logits are for is one of them
+            room = min(room, self.max_new_tokens - self.new_tokens - 1)
+        return self.speculation.next_logits(self._engine, self._ids, room, self._choose)
+
+    def _choose(self, logits: np.ndarray, ahead: Sequence[int] = ()) -> int:
+        """The token to take from these logits, after so many more tokens."""
+        seen = self._seen
+        if ahead:
+            seen = Seen(answer=seen.answer + Counter(ahead))
+            seen.prompt = self._seen.prompt
+        return sample(logits, self.sampling, self.new_tokens + len(ahead), seen)
+
     def insert(self, ids: Sequence[int]) -> list[int]:
         """Continue as if these ids had been generated, as far as they fit; returns those."""
         fitting = list(ids)[: max(0, self._engine.context - len(self._ids))]
         self._append(fitting)
+        if self.speculation:
+            self.speculation.drop()
         return fitting
 
     def _append(self, ids: Sequence[int]) -> None:
@@ -239,6 +304,7 @@ class Generation(Iterator[int]):
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
-    if a == b[: len(a)]:  # the usual case, at the speed of C
-        return len(a)
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:  # the usual case, at the speed of C
+        return shorter
+    return next(n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

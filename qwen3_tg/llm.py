@@ -30,6 +30,7 @@ from qwen3_tg.plan import ModelSize, load_factor, make_plan
 from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
 from qwen3_tg.shards import split_axis
+from qwen3_tg.speculate import Draft, Lookup, Speculation, check_vocabulary
 from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.tokenizer import Tokenizer
 
@@ -59,6 +60,8 @@ def load(
     kv_dtype: str | None = None,
     kernels: str | None = None,
     threads: int | None = None,
+    speculate: str | None = None,
+    draft: str | None = None,
 ) -> LLM:
     """Load a model: "tiny" (the embedded one), a Hugging Face directory, a GGUF file, or a name in
     the hub's cache.
@@ -72,6 +75,9 @@ def load(
     made for. Beyond that YaRN is switched on with the factor it takes. `on_progress` is called with
     bytes of weights done and all of them.
 
+    `speculate` "lookup" guesses tokens from what was said before, and `draft`, a smaller model with
+    the same tokenizer, says them first: the same answers, in less time where guesses are right.
+
     Sets the environment variables CC, CACHEDB and PARALLEL of this process where tinygrad needs
     it. Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
     with _collecting_later():
@@ -79,7 +85,16 @@ def load(
         config, context, remark = checkpoint.config.with_context(context)
         notes = (*checkpoint.notes, remark) if remark else checkpoint.notes
         policy = devices.choose(device, dtype, kv_dtype, kernels, threads)
-        return LLM(replace(checkpoint, config=config, notes=notes), policy, context, on_progress)
+        checkpoint = replace(checkpoint, config=config, notes=notes)
+        smaller = _draft(draft, policy) if draft else None
+        return LLM(checkpoint, policy, context, on_progress, speculate, smaller)
+
+
+def _draft(name: str, policy: devices.Policy) -> LLM:
+    """The model that guesses, with the context it was made for."""
+    checkpoint = open_checkpoint(str(name))
+    config, context, _ = checkpoint.config.with_context(None)
+    return LLM(replace(checkpoint, config=config), policy, context)
 
 
 @contextmanager
@@ -99,7 +114,8 @@ def _collecting_later() -> Iterator[None]:
 class LLM:
     """A loaded model. `config` is its shape, `tokenizer` None where the checkpoint has none,
     `policy` says which device it runs on and in which types, `shared_bytes` how much of the weights
-    is used where it lies in the host's memory, such as a mapped file."""
+    is used where it lies in the host's memory, such as a mapped file. `draft` is the model that
+    guesses for it."""
 
     def __init__(
         self,
@@ -107,8 +123,15 @@ class LLM:
         policy: devices.Policy,
         context: int,
         on_progress: Callable[[int, int], None] | None = None,
+        speculate: str | None = None,
+        draft: LLM | None = None,
     ):
+        if speculate not in (None, "lookup"):
+            raise UsageError(f'speculate must be "lookup" or None, found {speculate!r}')
+        if speculate and draft:
+            raise UsageError("guesses come from a draft model or from lookup, not from both")
         self.checkpoint, self.policy, self.context = checkpoint, policy, context
+        self.speculate, self.draft = speculate, draft
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer | None = None
         if checkpoint.tokenizer:
@@ -117,6 +140,12 @@ class LLM:
             raise CheckpointError(
                 f"{checkpoint.path}: its tokenizer has {self.tokenizer.size} tokens, but the model "
                 f"only {self.config.vocab_size}: it is the tokenizer of another model"
+            )
+        if draft:
+            check_vocabulary(
+                str(draft.checkpoint.path),
+                (self.config.vocab_size, draft.config.vocab_size),
+                (self.tokenizer, draft.tokenizer),
             )
         self._engine, self.shared_bytes = _start_engine(checkpoint, policy, context, on_progress)
 
@@ -169,6 +198,8 @@ class LLM:
     @on_kernels.setter
     def on_kernels(self, report: Callable[[int, int], None] | None) -> None:
         self._engine.kernels.on_kernels = report
+        if self.draft:
+            self.draft.on_kernels = report
 
     @property
     def can_choose_to_think(self) -> bool:
@@ -247,7 +278,12 @@ class LLM:
         from qwen3_tg.generate import Generation
 
         stop_ids = self.stop_ids if stop_ids is None else stop_ids
-        return Generation(self._engine, ids, max_new_tokens, sampling, stop_ids)
+        speculation = None
+        if self.draft:
+            speculation = Speculation(Draft(self.draft._engine))
+        elif self.speculate:
+            speculation = Speculation(Lookup())
+        return Generation(self._engine, ids, max_new_tokens, sampling, stop_ids, speculation)
 
     def generate(
         self,
@@ -430,6 +466,7 @@ class LLM:
 def _end(
     generation: Generation, stop_string: bool, thinking_tokens: int, not_answer: int = 0
 ) -> End:
+    speculation = generation.speculation
     return End(
         reason="stop_string" if stop_string else generation.stop_reason or "stop",
         prompt_tokens=generation.prompt_tokens,
@@ -437,6 +474,9 @@ def _end(
         answer_tokens=generation.new_tokens - not_answer,
         first_token_s=generation.first_token_s,
         later_tokens_s=generation.later_tokens_s,
+        guessed_tokens=speculation.guessed if speculation else 0,
+        right_guesses=speculation.right if speculation else 0,
+        gain=speculation.gain if speculation else None,
     )
 
 

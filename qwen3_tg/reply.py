@@ -44,7 +44,8 @@ class End:
     answer reached max_new_tokens), "context" (nothing more fits) or "loop" (it repeated itself
     without end). Counts are tokens;
     `answer_tokens` is all that is not thinking; `first_token_s` is the time to the first token and
-    `later_tokens_s` the time all later ones took."""
+    `later_tokens_s` the time all later ones took. Where tokens were guessed ahead, how many, how
+    many of those were right, and how many times as fast it was as without (None: not measured)."""
 
     reason: str
     prompt_tokens: int
@@ -52,6 +53,9 @@ class End:
     answer_tokens: int
     first_token_s: float
     later_tokens_s: float
+    guessed_tokens: int = 0
+    right_guesses: int = 0
+    gain: float | None = None
 
 
 Piece = Thinking | Text | ToolCall | End

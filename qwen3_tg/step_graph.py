@@ -27,7 +27,7 @@ class StepGraph:
     """S new positions at once; logits after the last one that is there, or after `every` one."""
 
     def __init__(self, forward: Forward, cache: KVCache, device: str, S: int, every: bool):
-        self._forward, self._S, self._capacity = forward, S, cache.capacity
+        self._forward, self._S, self._every, self._capacity = forward, S, every, cache.capacity
         self._device = device
         self._ids = empty((1, S), dtypes.int32, each(device))
         self._at = empty((2,), dtypes.int32, each(device))
@@ -39,7 +39,7 @@ class StepGraph:
         self._step: Callable[..., Tensor] = capture_at_once(step)
 
     def __call__(self, new: Sequence[int], start: int) -> np.ndarray:
-        """Up to S ids at positions start, start + 1, ...: (V,) or (S, V) float32"""
+        """Up to S ids at positions start, start + 1, ...: (V,), or (ids, V), float32"""
         ids = np.zeros(self._S, dtype=np.int32)
         ids[: len(new)] = new
         write(self._ids, ids)
@@ -47,7 +47,7 @@ class StepGraph:
         symbols = self._forward.symbols(start, len(new), self._S, self._capacity)
         with as_default(self._device):
             logits = self._step(*symbols)
-        return _read(logits)
+        return _read(logits)[: len(new)].copy() if self._every else _read(logits).copy()
 
 
 def write(tensor: Tensor, values: np.ndarray) -> None:
@@ -63,10 +63,10 @@ def write(tensor: Tensor, values: np.ndarray) -> None:
 
 
 def _read(tensor: Tensor) -> np.ndarray:
-    """A copy: the next step writes to the same place."""
+    """Where they are, if the host can read there: the next step writes to the same place."""
     (buffer,) = _buffers(tensor)
     values = np.frombuffer(buffer.as_memoryview(allow_zero_copy=True), dtype=np.float32)
-    return values.reshape(tensor.shape).copy()
+    return values.reshape(tensor.shape)
 
 
 def _buffers(tensor: Tensor) -> list[Any]:

@@ -54,6 +54,15 @@ class Tokenizer:
         ahead = range(limit, limit + 4096)
         return any(self._tokenizer.id_to_token(id) is not None for id in ahead)
 
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """The lowest id that means another token there. Ids that only one of them has do not count:
+        where a vocabulary is filled up, some checkpoints name what fills it."""
+        if self._json == other._json:
+            return None
+        theirs = {id: token for token, id in other._tokenizer.get_vocab().items()}
+        ours = self._tokenizer.get_vocab().items()
+        return min((id for token, id in ours if theirs.get(id, token) != token), default=None)
+
     def encode(self, text: str, plain: bool = False) -> list[int]:
         """Ids of a text, none added around it. Special tokens in the text act as such, unless
         `plain`, where `<|im_end|>` is nothing but ten characters. Raises UsageError for a text that

@@ -34,7 +34,8 @@ def allocated_bytes(device: str) -> int:
 def taken_bytes(llm: LLM) -> int:
     """What tinygrad has allocated on the model's device, and what the model has besides: weights
     used where they lie in mapped files, and the scratch of a device's own kernels."""
-    return allocated_bytes(llm.policy.device) + llm.bytes_besides
+    drafts = llm.draft.bytes_besides if llm.draft else 0
+    return allocated_bytes(llm.policy.device) + llm.bytes_besides + drafts
 
 
 def peak_resident_bytes() -> int | None:
@@ -60,7 +61,7 @@ def loaded_report(llm: LLM) -> str:
     return (
         f"memory of {device}: planned {plan.weights_bytes:,} bytes of weights and "
         f"{plan.rope_bytes:,} of rope table; taken {taken_bytes(llm):,}{_shared(llm)}"
-        f"{_peak()}"
+        f"{', with the draft model' if llm.draft else ''}{_peak()}"
     )
 
 
@@ -72,11 +73,13 @@ def used_report(llm: LLM) -> str:
     exact = plan.weights_bytes + cache + plan.rope_bytes + plan.logits_bytes
     scratch = scratch_bytes(_size(llm), llm.policy, capacity, _factor(llm))
     found = taken_bytes(llm)
+    # what a draft model takes is counted by the device, but not planned here
+    scratch_taken = "with the draft model's" if llm.draft else f"of it scratch {found - exact:,}"
     return (
         f"memory of {device}: planned {exact + scratch:,} bytes (weights {plan.weights_bytes:,}, "
         f"cache {cache:,} for {capacity:,} positions, rope table {plan.rope_bytes:,}, logits "
-        f"{plan.logits_bytes:,}, scratch about {scratch:,}); taken {found:,}, of it scratch "
-        f"{found - exact:,}{_peak()}"
+        f"{plan.logits_bytes:,}, scratch about {scratch:,}); taken {found:,}, {scratch_taken}"
+        f"{_peak()}"
     )
 
 

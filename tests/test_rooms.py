@@ -22,8 +22,10 @@ FLOORS = [
         "yarn",
         "dequantise",
         "hub",
+        "pace",
     ],
     ["config", "tokenizer", "reply", "device"],
+    ["speculate"],
     ["checkpoint", "chat", "pull", "quantize"],
     ["overflow"],
     ["shards", "placement"],
@@ -42,6 +44,7 @@ FLOORS = [
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
 WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "shards", "plan"]
+WITHOUT_TINYGRAD += ["pace", "speculate"]
 
 
 def imports(path: Path) -> set[str]:

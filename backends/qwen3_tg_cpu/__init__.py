@@ -16,6 +16,6 @@ None, with the reason, where the program cannot be compiled or started.
 Knows nothing of checkpoints, text or sampling; imports tinygrad and numpy.
 """
 
-from qwen3_tg_cpu.kernels import AttentionWeights, Kernels, Matrix, MLPWeights, load
+from qwen3_tg_cpu.kernels import MOST_ALIKE, AttentionWeights, Kernels, Matrix, MLPWeights, load
 
-__all__ = ["AttentionWeights", "Kernels", "MLPWeights", "Matrix", "load"]
+__all__ = ["MOST_ALIKE", "AttentionWeights", "Kernels", "MLPWeights", "Matrix", "load"]

@@ -46,9 +46,11 @@ _FLOAT_TYPES = {dtypes.float32: 0, dtypes.float16: 1, dtypes.bfloat16: 2, dtypes
 _EMBED, _NORM, _LINEAR, _CACHE, _ATTEND, _ROUTE, _GROUP, _EXPERTS, _COMBINE = range(9)
 # The functions there that do them.
 _FUNCTIONS = "embed norm linear cache attend route group_pairs experts combine".split()
-_GATED, _LAST_POSITION, _EXACT = 1, 2, 4
+_GATED, _LAST_POSITION, _EXACT, _ALIKE = 1, 2, 4, 8
 _STEP_NUMBERS = 52
 _MOST_PARTS = 64  # as in attention.c
+MOST_ALIKE = 8
+"""The most positions that a kernel computes as each would be computed alone, as in steps.c."""
 
 
 class Matrix(Protocol):
@@ -165,19 +167,26 @@ class Kernels:
         """What `room` gave the address of, as float32."""
         return self._scratch[name].view(np.float32)
 
-    def steps(self, ids: Tensor, at: Tensor, eps: float) -> Steps:
+    def steps(self, ids: Tensor, at: Tensor, eps: float, alike: bool = False) -> Steps:
         """An empty list. ids: (1, S) int32; at: (2,) int32, the position of the first new token,
-        and how many of the S are there; `eps` is that of all norms."""
-        return Steps(self, ids, at, eps)
+        and how many of the S are there; `eps` is that of all norms.
+
+        `alike`: of each position, of at most MOST_ALIKE, to the last bit what a kernel for it alone
+        gives. Without it several positions are computed in another order, which is faster for many,
+        and their activations are never rounded."""
+        return Steps(self, ids, at, eps, alike)
 
 
 class Steps:
     """One kernel in the making, for a sequence of S new positions. x, what the layers hand on, is
     an address of (S, D) float32."""
 
-    def __init__(self, kernels: Kernels, ids: Tensor, at: Tensor, eps: float):
+    def __init__(self, kernels: Kernels, ids: Tensor, at: Tensor, eps: float, alike: bool):
         self._kernels, self._ids, self._at, self._eps = kernels, ids, at, _bits(eps)
         self._S = int(ids.shape[1])
+        assert not alike or self._S <= MOST_ALIKE
+        self._alike = alike or self._S == 1
+        self._flags = (_EXACT if kernels.exact else 0) | (_ALIKE if self._alike else 0)
         self._numbers: list[int] = []
         self._nbytes = self._told_nbytes = 0
         self.described: list[tuple[str, int]] = []
@@ -198,14 +207,15 @@ class Steps:
         H, K, D = weights.heads, weights.kv_heads, weights.q_proj.shape[1]
         Hd = weights.q_proj.shape[0] // H
         qkv, mixed = self._room("qkv", (H + 2 * K) * Hd), self._room("mixed", H * Hd)
-        parts = self._kernels.room("parts", _MOST_PARTS * H * (Hd + 2) * 4)
+        alone = self._S if self._alike else 1
+        parts = self._kernels.room("parts", alone * _MOST_PARTS * H * (Hd + 2) * 4)
         projections = [weights.q_proj, weights.k_proj, weights.v_proj]
         self._normed(x, weights.norm, projections, qkv)
         caches = self._address(k_cache), self._address(v_cache)
         shape = H, K, Hd, _FLOAT_TYPES[k_cache.dtype], qkv, *caches, mixed, parts
         norms = (self._address(norm) for norm in (weights.q_norm, weights.k_norm))
         self._add(_CACHE, *shape, *norms, self._address(rope), self._eps)
-        self._add(_ATTEND, *shape)
+        self._add(_ATTEND, *shape, self._flags)
         out = self._room("middle", D)
         self._linear(mixed, [weights.o_proj], out, added=x)
         return out
@@ -262,8 +272,8 @@ class Steps:
     def _normed(
         self, x: int, norm: Tensor, matrices: Sequence[Matrix], out: int, flags: int = 0
     ) -> None:
-        """Products of RMSNorm(x); for one position every thread norms for itself."""
-        if self._S == 1:
+        """Products of RMSNorm(x); for few positions every thread norms for itself."""
+        if self._alike:
             self._linear(x, matrices, out, flags, norm=norm)
             return
         D = matrices[0].shape[1]
@@ -283,7 +293,7 @@ class Steps:
         widths = [matrix.shape[0] for matrix in matrices]
         self._add(
             _LINEAR,
-            flags | (_EXACT if self._kernels.exact else 0),
+            flags | self._flags,
             x,
             0 if norm is None else self._address(norm),
             self._eps,
@@ -311,8 +321,7 @@ class Steps:
             strides = [int(array.nbytes()) // E for array in arrays]
             numbers += self._matrix(matrix, share=k / E)
             numbers += strides + [0] * (_MOST_ARRAYS - len(strides))
-        flags = _EXACT if self._kernels.exact else 0
-        head = flags, x, place, k, out, O, first, E, gathered, len(matrices)
+        head = self._flags, x, place, k, out, O, first, E, gathered, len(matrices)
         self._add(_EXPERTS, *head, *numbers)
 
     def _matrix(self, matrix: Matrix, share: float = 1.0) -> list[int]:

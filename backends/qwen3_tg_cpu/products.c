@@ -77,52 +77,73 @@ ALWAYS void rows_of_parts(const int parts, i64 n, i64 r, i64 *rows) {
     for (int s = 0; s < parts; s++) rows[s] = (s * each < n - each ? s * each : n - each) + r;
 }
 
-// Rows of blocks against activations of 16 bits.
+// Products for several positions read a weight once, and do for each position exactly what is done for
+// one alone, in the same order: so they are the same to the last bit. Side by side are then positions,
+// not parts: the registers do not hold both, and there is more to do for each byte.
+#define FEW 4  // positions taken together
+
+// Rows of blocks against activations of 16 bits, of so many positions; y's are `ldy` apart.
 ALWAYS void dot_units(UnitOf *unit, const int values, const int bytes, const int group,
-                      const int is_signed, const int parts, const Matrix *m, const u8 *first,
-                      const i64 *rows, const Activations *a, float *y) {
-    f8 sums[PARTS] = {0};
-    float extra[PARTS] = {0};
-    const i16 *x = a->q;
-    const float *scale = a->scale, *over = group == 16 ? a->sum16 : a->sum32;
+                      const int is_signed, const int parts, const int positions, const Matrix *m,
+                      const u8 *first, const i64 *rows, const Activations *a, float *y, i64 ldy) {
+    f8 sums[PARTS][FEW] = {0};
+    float extra[PARTS][FEW] = {0};
     const u8 *w[PARTS];
+    const i16 *x[FEW];
+    const float *scale[FEW], *over[FEW];
     for (int s = 0; s < parts; s++) w[s] = first + rows[s] * m->row_bytes;
+    for (int p = 0; p < positions; p++)
+        x[p] = a[p].q, scale[p] = a[p].scale, over[p] = group == 16 ? a[p].sum16 : a[p].sum32;
     for (i64 n = 0; n < m->inputs / values; n++) {
 #pragma clang loop unroll(full)
         for (int s = 0; s < parts; s++) {
             Unit u;
-            f8 part[2] = {sums[s], (f8)0.0f};  // two, as one would wait for itself
+            f8 part[FEW][2];  // two, as one would wait for itself
+            float scales[FEW][8];
             if (parts == 1) fetch(w[s], bytes);
             unit(w[s], &u);
-            if (group == 32) {
-                if (values == 32) u.scale[0] *= scale[0];
-                else store(u.scale, load(u.scale) * load(scale));
+#pragma clang loop unroll(full)
+            for (int p = 0; p < positions; p++) {
+                part[p][0] = sums[s][p], part[p][1] = (f8)0.0f;
+                if (group == 32) {
+                    if (values == 32) scales[p][0] = u.scale[0] * scale[p][0];
+                    else store(scales[p], load(u.scale) * load(scale[p]));
+                }
             }
 #pragma clang loop unroll(full)
             for (int i = 0; i < values / 32; i++) {
                 i16x16 q = READ(i16x16, u.q + i);
                 i16x16 even = is_signed ? (q << 8) >> 8 : q & 255;
                 i16x16 odd = is_signed ? q >> 8 : (i16x16)((u16x16)q >> 8);
-                i32x8 p = pair_products(even, READ(i16x16, x + 32 * i)) +
-                          pair_products(odd, READ(i16x16, x + 32 * i + 16));
-                if (group == 32) {
-                    part[i & 1] += __builtin_convertvector(p, f8) * u.scale[i];
-                } else {
-                    float s = u.scale[2 * i] * scale[i], t = u.scale[2 * i + 1] * scale[i];
-                    part[i & 1] += __builtin_convertvector(p, f8) * (f8){s, s, s, s, t, t, t, t};
+#pragma clang loop unroll(full)
+                for (int p = 0; p < positions; p++) {
+                    i32x8 sum = pair_products(even, READ(i16x16, x[p] + 32 * i)) +
+                                pair_products(odd, READ(i16x16, x[p] + 32 * i + 16));
+                    f8 floats = __builtin_convertvector(sum, f8);
+                    if (group == 32) {
+                        part[p][i & 1] += floats * scales[p][i];
+                    } else {
+                        float t = u.scale[2 * i] * scale[p][i], v = u.scale[2 * i + 1] * scale[p][i];
+                        part[p][i & 1] += floats * (f8){t, t, t, t, v, v, v, v};
+                    }
                 }
             }
-            if (!is_signed && values == 32) extra[s] += u.offset[0] * over[0];
-            if (!is_signed && values == 256)
 #pragma clang loop unroll(full)
-                for (int g = 0; g < values / group; g += 8)
-                    part[1] += load(u.offset + g) * load(over + g);
-            sums[s] = values == 32 ? part[0] : part[0] + part[1];
+            for (int p = 0; p < positions; p++) {
+                if (!is_signed && values == 32) extra[s][p] += u.offset[0] * over[p][0];
+                if (!is_signed && values == 256)
+#pragma clang loop unroll(full)
+                    for (int g = 0; g < values / group; g += 8)
+                        part[p][1] += load(u.offset + g) * load(over[p] + g);
+                sums[s][p] = values == 32 ? part[p][0] : part[p][0] + part[p][1];
+            }
             w[s] += bytes;
         }
-        x += values, scale += values / 32, over += values / group;
+        for (int p = 0; p < positions; p++)
+            x[p] += values, scale[p] += values / 32, over[p] += values / group;
     }
-    for (int s = 0; s < parts; s++) y[rows[s]] = sum(sums[s]) + extra[s];
+    for (int s = 0; s < parts; s++)
+        for (int p = 0; p < positions; p++) y[p * ldy + rows[s]] = sum(sums[s][p]) + extra[s][p];
 }
 
 ALWAYS f8 eight(const int type, const u8 *p) {
@@ -133,43 +154,52 @@ ALWAYS float one(const int type, const u8 *p) {
 }
 
 // Rows of floats.
-ALWAYS void dot_floats(const int type, const Matrix *m, const u8 *first, const i64 *rows,
-                       const float *x, float *y) {
+ALWAYS void dot_floats(const int type, const int parts, const int positions, const Matrix *m,
+                       const u8 *first, const i64 *rows, const Activations *a, float *y, i64 ldy) {
     const int size = type == F32 ? 4 : 2;
     const u8 *w[PARTS];
-    f8 sums[PARTS][2] = {0};
+    f8 sums[PARTS][FEW][2] = {0};
     i64 k = 0;
-    for (int s = 0; s < PARTS; s++) w[s] = first + rows[s] * m->row_bytes;
+    for (int s = 0; s < parts; s++) w[s] = first + rows[s] * m->row_bytes;
     for (; k + 16 <= m->inputs; k += 16) {
-        f8 low = load(x + k), high = load(x + k + 8);
 #pragma clang loop unroll(full)
-        for (int s = 0; s < PARTS; s++) {
-            sums[s][0] += eight(type, w[s] + size * k) * low;
-            sums[s][1] += eight(type, w[s] + size * (k + 8)) * high;
+        for (int s = 0; s < parts; s++) {
+            f8 low = eight(type, w[s] + size * k), high = eight(type, w[s] + size * (k + 8));
+#pragma clang loop unroll(full)
+            for (int p = 0; p < positions; p++) {
+                sums[s][p][0] += low * load(a[p].x + k);
+                sums[s][p][1] += high * load(a[p].x + k + 8);
+            }
         }
     }
-    for (int s = 0; s < PARTS; s++) {
-        float total = sum(sums[s][0] + sums[s][1]);
-        for (i64 j = k; j < m->inputs; j++) total += one(type, w[s] + size * j) * x[j];
-        y[rows[s]] = total;
-    }
+    for (int s = 0; s < parts; s++)
+        for (int p = 0; p < positions; p++) {
+            float total = sum(sums[s][p][0] + sums[s][p][1]);
+            for (i64 j = k; j < m->inputs; j++) total += one(type, w[s] + size * j) * a[p].x[j];
+            y[p * ldy + rows[s]] = total;
+        }
 }
 
 // A row of any type, decoded to floats first.
-static float dot_decoded(const Matrix *m, i64 row, const float *x) {
-    float values[CHUNK], total = 0;
+ALWAYS void dot_decoded(const int positions, const Matrix *m, i64 row, const Activations *a, float *y,
+                        i64 ldy) {
+    float values[CHUNK], total[FEW] = {0};
     for (i64 k = 0; k < m->inputs; k += CHUNK) {
-        i64 n = m->inputs - k < CHUNK ? m->inputs - k : CHUNK, i = 0;
-        f8 sums[2] = {0};
+        i64 n = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
         floats(m, row, k, n, values);
-        for (; i + 16 <= n; i += 16) {
-            sums[0] += load(values + i) * load(x + k + i);
-            sums[1] += load(values + i + 8) * load(x + k + i + 8);
+        for (int p = 0; p < positions; p++) {
+            const float *x = a[p].x + k;
+            f8 sums[2] = {0};
+            i64 i = 0;
+            for (; i + 16 <= n; i += 16) {
+                sums[0] += load(values + i) * load(x + i);
+                sums[1] += load(values + i + 8) * load(x + i + 8);
+            }
+            total[p] += sum(sums[0] + sums[1]);
+            for (; i < n; i++) total[p] += values[i] * x[i];
         }
-        total += sum(sums[0] + sums[1]);
-        for (; i < n; i++) total += values[i] * x[k + i];
     }
-    return total;
+    for (int p = 0; p < positions; p++) y[p * ldy] = total[p];
 }
 
 static void columns(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
@@ -177,44 +207,57 @@ static void columns(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
     else columns_GPTQ(m, o0, k0, n, out);
 }
 
-// y = outputs o0 ... o0+n-1 for one position; o0 is a multiple of PANEL.
-static void one_position(const Matrix *m, i64 o0, i64 n, const Activations *a, float *y) {
+// y = outputs o0 ... o0+n-1 for one position or FEW; o0 is a multiple of PANEL.
+ALWAYS void each_position(const int positions, const Matrix *m, i64 o0, i64 n, const Activations *a,
+                          float *y, i64 ldy) {
     const u8 *w = m->data[0] + o0 * m->row_bytes;
+    const int parts = positions == 1 ? PARTS : 1;
     i64 r = 0;
     if (by_columns(m)) {
         float values[CHUNK * PANEL];
         for (; r < n; r += PANEL) {
-            f8 sums[WIDE] = {0};
+            f8 sums[FEW][WIDE] = {0};
             for (i64 k = 0; k < m->inputs; k += CHUNK) {
                 i64 chunk = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
                 columns(m, o0 + r, k, chunk, values);
                 for (i64 i = 0; i < chunk; i++) {
-                    for (int j = 0; j < WIDE; j++)
-                        sums[j] += load(values + PANEL * i + 8 * j) * a->x[k + i];
+                    for (int p = 0; p < positions; p++)
+                        for (int j = 0; j < WIDE; j++)
+                            sums[p][j] += load(values + PANEL * i + 8 * j) * a[p].x[k + i];
                 }
             }
-            for (i64 i = 0; i < PANEL && r + i < n; i++) y[r + i] = sums[i / 8][i % 8];
+            for (int p = 0; p < positions; p++)
+                for (i64 i = 0; i < PANEL && r + i < n; i++) y[p * ldy + r + i] = sums[p][i / 8][i % 8];
         }
         return;
     }
     switch (a->q || m->type <= BF16 ? m->type : -1) {
 #define ROWS(P, PRODUCT)                                                                         \
-    for (i64 rows[P], each = (n + (P) - 1) / (P); r < each; r++) {                                \
+    for (i64 rows[PARTS], each = (n + (P) - 1) / (P); r < each; r++) {                            \
         rows_of_parts(P, n, r, rows);                                                            \
         PRODUCT;                                                                                 \
     }                                                                                            \
     return;
-#define FLOATS(T) case T: ROWS(PARTS, dot_floats(T, m, w, rows, a->x, y))
+#define FLOATS(T) case T: ROWS(parts, dot_floats(T, parts, positions, m, w, rows, a, y, ldy))
         FLOATS(F32) FLOATS(F16) FLOATS(BF16)
 #undef FLOATS
 #define CASE(T, V, B, G, S)                                                                      \
-    case T: ROWS(V == 32 ? PARTS : 1,                                                            \
-                 dot_units(unit_##T, V, B, G, S, V == 32 ? PARTS : 1, m, w, rows, a, y))
+    case T: ROWS(V == 32 ? parts : 1, dot_units(unit_##T, V, B, G, S, V == 32 ? parts : 1,       \
+                                                positions, m, w, rows, a, y, ldy))
         UNITS(CASE)
 #undef CASE
 #undef ROWS
     }
-    for (; r < n; r++) y[r] = dot_decoded(m, o0 + r, a->x);
+    for (; r < n; r++) dot_decoded(positions, m, o0 + r, a, y + r, ldy);
+}
+
+static void one_position(const Matrix *m, i64 o0, i64 n, const Activations *a, float *y) {
+    each_position(1, m, o0, n, a, y, 0);
+}
+
+// The same for several positions, to the last bit: y (FEW, ldy); `a` has FEW, of which any may repeat.
+static void few_positions(const Matrix *m, i64 o0, i64 n, const Activations *a, float *y, i64 ldy) {
+    each_position(FEW, m, o0, n, a, y, ldy);
 }
 
 // c (n, 8 wide) = or += x (n, K) times w (K, 8 wide); ld* are distances between rows, in floats.

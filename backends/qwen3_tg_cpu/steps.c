@@ -7,9 +7,11 @@
 #define MATRIX_NUMBERS 12
 #define MOST_MATRICES 3
 #define MOST_ROWS 504  // of a matrix, taken at a time for one position: a multiple of PANEL
+#define MOST_ALIKE 8   // positions of a kernel whose results are those of one position each
+#define ALIKE_ROWS 96  // taken at a time for them: they stay in the second cache
 
 enum { EMBED, NORM, LINEAR, CACHE, ATTEND, ROUTE, GROUP, EXPERTS, COMBINE };
-enum { GATED = 1, LAST_POSITION = 2, EXACT = 4 };
+enum { GATED = 1, LAST_POSITION = 2, EXACT = 4, ALIKE = 8 };
 
 typedef struct {
     Pool *pool;
@@ -103,6 +105,24 @@ static void piece(const Matrix *m, const Matrix *up, i64 first, i64 rows, const 
     finish(to, position, output + first, n, sums, up ? ups : 0);
 }
 
+// The same for up to MOST_ALIKE positions, FEW at a time: results are those of `piece` for each.
+static void pieces_alike(const Matrix *m, const Matrix *up, i64 first, i64 rows, const Activations *a,
+                         i64 positions, Target to, i64 position, i64 output) {
+    float sums[FEW][ALIKE_ROWS], ups[FEW][ALIKE_ROWS];
+    i64 n = m->outputs - first < rows ? m->outputs - first : rows;
+    for (i64 s = 0; s < positions; s += FEW) {
+        i64 left = positions - s < FEW ? positions - s : FEW;
+        Activations some[FEW];
+        for (i64 p = 0; p < FEW; p++) some[p] = a[s + (p < left ? p : 0)];
+        if (left == 1) one_position(m, first, n, some, sums[0]);
+        else few_positions(m, first, n, some, sums[0], ALIKE_ROWS);
+        if (up && left == 1) one_position(up, first, n, some, ups[0]);
+        else if (up) few_positions(up, first, n, some, ups[0], ALIKE_ROWS);
+        for (i64 p = 0; p < left; p++)
+            finish(to, position + s + p, output + first, n, sums[p], up ? ups[p] : 0);
+    }
+}
+
 // Some panels of one matrix for many positions. `own` has WIDE_BYTES.
 static void wide_piece(const Matrix *m, const Matrix *up, i64 first, i64 panels, i64 positions,
                        const float *x, float *own, Target to, i64 position, i64 output) {
@@ -132,10 +152,12 @@ static Activations prepared(const float *x, i64 inputs, const float *weight, flo
     return quantise ? quantised(a.x, inputs, own + round_up(4 * inputs, 64)) : a;
 }
 
-#define PREPARED_BYTES(inputs) (4 * (inputs) + 64 + ACTIVATION_BYTES(inputs))
+#define PREPARED_BYTES(inputs) round_up(4 * (inputs) + 64 + ACTIVATION_BYTES(inputs), 64)
 
 // Outputs of one matrix or of up to three, side by side. GATED: silu of the first's times the
-// second's. flags, x, norm's weight (for one position) or 0, eps, out, its row, what is added or 0,
+// second's. ALIKE: of each position to the last bit what it has alone.
+// flags, x, norm's weight (for one position, or where they are alike) or 0, eps, out, its row, what is
+// added or 0,
 // how many matrices, matrices
 static void linear(const Task *t) {
     const i64 *n = t->step;
@@ -151,17 +173,21 @@ static void linear(const Task *t) {
     Target to = {at(t, 4), at(t, 6), n[5]};
     if (gated) count = 1;
     for (int i = 0; i < count; i++) outputs += m[i].outputs;
-    i64 rows = rows_at_a_time(t, outputs, positions == 1 ? MOST_ROWS : PANELS * PANEL), items = 0;
+    int alike = (n[0] & ALIKE) && positions > 1, alone = positions == 1;
+    i64 most = alone ? MOST_ROWS : alike ? ALIKE_ROWS : PANELS * PANEL, items = 0;
+    i64 rows = rows_at_a_time(t, outputs, most), each = PREPARED_BYTES(inputs);
     for (int i = 0; i < count; i++) items += pieces(&m[i], rows);
-    u8 *own = room(t, positions == 1 ? PREPARED_BYTES(inputs) : WIDE_BYTES(positions));
-    Activations a = {.x = x};
-    if (positions == 1) a = prepared(x, inputs, at(t, 2), as_float(n[3]), quantise, own);
+    u8 *own = room(t, alone || alike ? positions * each : WIDE_BYTES(positions));
+    Activations a[MOST_ALIKE] = {{.x = x}};
+    for (i64 s = 0; s < positions && (alone || alike); s++)
+        a[s] = prepared(x + s * inputs, inputs, at(t, 2), as_float(n[3]), quantise, own + s * each);
     for (i64 item; (item = take(t->pool, 1)) < items;) {
         i64 output = 0;
         int i = 0;
         for (; item >= pieces(&m[i], rows); i++) item -= pieces(&m[i], rows), output += m[i].outputs;
         const Matrix *up = gated ? &m[1] : 0;
-        if (positions == 1) piece(&m[i], up, item * rows, rows, &a, to, 0, output);
+        if (alone) piece(&m[i], up, item * rows, rows, a, to, 0, output);
+        else if (alike) pieces_alike(&m[i], up, item * rows, rows, a, positions, to, 0, output);
         else wide_piece(&m[i], up, item * rows, rows / PANEL, positions, x, (float *)own, to, 0, output);
     }
 }
@@ -200,18 +226,46 @@ static void cache(const Task *t) {
         }
 }
 
-// Scores, softmax, mixed values. attention's nine
+// One of several positions, as if it were alone. `parts` has room for each.
+static Attention alone(const Attention *a, i64 s) {
+    Attention one = *a;
+    one.start += s, one.positions = 1, one.qkv += s * a->row;
+    one.out += s * a->heads * a->head_dim, one.parts += s * MOST_PARTS * a->heads * (a->head_dim + 2);
+    return one;
+}
+
+static i64 parts_of(const Attention *one) {
+    i64 keys = one->start + 1, each = part_keys(keys);
+    return (keys + each - 1) / each;
+}
+
+// For each position what it has alone. The same part of the keys goes through all of them.
+static void attend_alike(const Task *t, const Attention *a) {
+    i64 most = 0, d = a->head_dim;
+    for (i64 s = 0; s < a->positions; s++) {
+        Attention one = alone(a, s);
+        i64 parts = parts_of(&one);
+        most = parts > most ? parts : most;
+    }
+    float *scores = (float *)room(t, 4 * SOME_KEYS * a->heads);
+    for (i64 item; (item = take(t->pool, 1)) < most * a->positions;) {
+        Attention one = alone(a, item % a->positions);
+        i64 p = item / a->positions, keys = one.start + 1, each = part_keys(keys);
+        i64 end = (p + 1) * each < keys ? (p + 1) * each : keys;
+        if (p * each < keys) part(&one, p * each, end, scores, one.parts + p * a->heads * (d + 2));
+    }
+    barrier(t->pool);
+    for (i64 item; (item = take(t->pool, 1)) < a->heads * a->positions;) {
+        Attention one = alone(a, item / a->heads);
+        join_parts(&one, (int)(item % a->heads), parts_of(&one));
+    }
+}
+
+// Scores, softmax, mixed values. attention's nine, flags
 static void attend(const Task *t) {
     Attention a = attention(t);
-    if (a.positions == 1) {
-        i64 keys = a.start + 1, each = part_keys(keys), parts = (keys + each - 1) / each;
-        float *scores = (float *)room(t, 4 * SOME_KEYS * a.heads);
-        for (i64 p; (p = take(t->pool, 1)) < parts;) {
-            i64 end = (p + 1) * each < keys ? (p + 1) * each : keys;
-            part(&a, p * each, end, scores, a.parts + p * a.heads * (a.head_dim + 2));
-        }
-        barrier(t->pool);
-        for (i64 head; (head = take(t->pool, 1)) < a.heads;) join_parts(&a, (int)head, parts);
+    if (a.positions == 1 || t->step[9] & ALIKE) {
+        attend_alike(t, &a);
         return;
     }
     i64 each = block_positions(&a), blocks = (a.positions + each - 1) / each;
@@ -287,10 +341,13 @@ static void experts(const Task *t) {
         x = gathered;
         barrier(t->pool);
     }
-    i64 rows = rows_at_a_time(t, m[0].outputs * (t->positions == 1 ? k : 1), MOST_ROWS), last = -1;
+    int alike = t->positions > 1 && (n[0] & ALIKE);
+    i64 most = alike ? ALIKE_ROWS : MOST_ROWS, of_pair = PREPARED_BYTES(inputs), last = -1;
+    i64 rows = rows_at_a_time(t, m[0].outputs * (t->positions == 1 ? k : 1), most);
     i64 each = pieces(&m[0], rows), bytes = WIDE_BYTES(t->positions);
-    u8 *own = room(t, bytes > PREPARED_BYTES(inputs) ? bytes : PREPARED_BYTES(inputs));
-    Activations a;
+    i64 prepared_bytes = (alike ? t->positions : 1) * of_pair;
+    u8 *own = room(t, bytes > prepared_bytes ? bytes : prepared_bytes);
+    Activations a[MOST_ALIKE];
     Target to = {at(t, 4), 0, n[5]};
     for (i64 item; (item = take(t->pool, 1)) < E * each;) {
         i64 e = item / each, pair = first[e], positions = first[e + 1] - pair;
@@ -303,10 +360,12 @@ static void experts(const Task *t) {
         }
         const Matrix *up = count > 1 ? &of[1] : 0;
         i64 begin = item % each * rows;
-        if (positions == 1) {
-            if (last != pair) a = prepared(x + pair * inputs, inputs, 0, 0, quantise, own);
+        if (positions == 1 || alike) {
+            for (i64 p = 0; p < positions && last != pair; p++)
+                a[p] = prepared(x + (pair + p) * inputs, inputs, 0, 0, quantise, own + p * of_pair);
             last = pair;
-            piece(&of[0], up, begin, rows, &a, to, pair, 0);
+            if (positions == 1) piece(&of[0], up, begin, rows, a, to, pair, 0);
+            else pieces_alike(&of[0], up, begin, rows, a, positions, to, pair, 0);
             continue;
         }
         last = -1;  // the room is used for another purpose

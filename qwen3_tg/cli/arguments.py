@@ -151,6 +151,16 @@ def _add_run(parser: _Parser) -> None:
     run = parser.add_argument_group("where it runs")
     _add_device(run)
     _add_kernels(run)
+    guesses = run.add_mutually_exclusive_group()
+    guesses.add_argument(
+        "--speculate",
+        choices=("lookup",),
+        help="guess the next tokens from what was said before and compute several at once: the "
+        "same answer, sooner where it repeats what is there",
+    )
+    guesses.add_argument(
+        "--draft", metavar="M", help="the same with guesses of a smaller model with this tokenizer"
+    )
     run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
 
 

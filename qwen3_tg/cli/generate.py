@@ -95,6 +95,8 @@ def load_model(options: argparse.Namespace) -> LLM:
             kv_dtype=options.kv_dtype,
             kernels=options.kernels,
             threads=options.threads,
+            speculate=options.speculate,
+            draft=options.draft,
         )
     for remark in llm.checkpoint.notes:
         terminal.note(f"note: {remark}")

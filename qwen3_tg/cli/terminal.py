@@ -128,6 +128,9 @@ def counts(end: End) -> str:
         f"prompt {end.prompt_tokens} tokens, thinking {end.thinking_tokens}, "
         f"answer {end.answer_tokens}; first token after {end.first_token_s:.2f} s{speed}"
     )
+    if end.guessed_tokens:
+        gain = f"; {end.gain:.2f} times as fast as without" if end.gain else ""
+        note(f"guesses: {end.right_guesses} of {end.guessed_tokens} tokens right{gain}")
 
 
 def speed(end: End) -> str:

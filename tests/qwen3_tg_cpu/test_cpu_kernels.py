@@ -143,10 +143,10 @@ def as_words(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 PACKERS: dict[str, Any] = {"AWQ": awq, "GPTQ": gptq, "FP8": fp8, "MLX": mlx}
 
 
-def steps_of(k: Kernels, S: int, start: int = 0) -> Any:
+def steps_of(k: Kernels, S: int, start: int = 0, alike: bool = False) -> Any:
     ids, at = on_device(np.zeros((1, S), np.int32)), on_device(np.array([start, S], np.int32))
     k.keep(np.zeros(1, np.float32))
-    steps = k.steps(ids, at, EPS)
+    steps = k.steps(ids, at, EPS, alike)
     steps.held = ids, at  # the list holds addresses
     return steps
 
@@ -158,10 +158,11 @@ def product(
     flags: int = 0,
     norm: np.ndarray | None = None,
     added: np.ndarray | None = None,
+    alike: bool = False,
 ) -> np.ndarray:
     """One LINEAR step. x: (S, I) -> (S, all outputs)"""
     S = len(x)
-    steps = steps_of(k, S)
+    steps = steps_of(k, S, alike=alike)
     width = matrices[0].shape[0] if flags & _GATED else sum(m.shape[0] for m in matrices)
     rows = 1 if flags & _LAST_POSITION else S
     given = [on_device(a.astype(np.float32)) for a in (x, norm, added) if a is not None]
@@ -232,6 +233,25 @@ def test_products_are_those_of_the_values(format: str, O: int, I: int) -> None:
             rounded = S == 1 and not exact and format in BLOCK_TYPES
             error = np.abs(found - right).max() / scale
             assert error < (ROUNDED_TOLERANCE if rounded else EXACT_TOLERANCE), (S, exact)
+
+
+@pytest.mark.parametrize(("format", "O", "I"), ALL, ids=lambda v: str(v))
+def test_few_positions_have_to_the_last_bit_what_each_has_alone(
+    format: str, O: int, I: int
+) -> None:
+    matrices = [stored(format, rng(n, O, I).normal(0, 0.05, (O, I))) for n in range(2)]
+    norm = rng(3).uniform(0.5, 2, I)
+    x, added = rng(O).normal(size=(8, I)), rng(I).normal(size=(8, O))
+    for exact in (False, True):
+        k = kernels(exact=exact)
+        for flags, of, more in ((0, matrices[:1], added), (_GATED, matrices, None)):
+            alone = [
+                product(k, x[s : s + 1], of, flags, norm, None if more is None else more[s : s + 1])
+                for s in range(8)
+            ]
+            for S in (2, 3, 5, 8):
+                few = product(k, x[:S], of, flags, norm, None if more is None else more[:S], True)
+                assert np.array_equal(few, np.concatenate(alone[:S])), (exact, flags, S)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -515,3 +535,70 @@ def test_experts(format: str, E: int, k: int, S: int) -> None:
                 act = silu(gate.values[e] @ h[s]) * (up.values[e] @ h[s])
                 right[s] += share * (down.values[e] @ act)
         assert relative(found, right) < 1e-4
+
+
+@pytest.mark.parametrize("cache_type", CACHES)
+@pytest.mark.parametrize("start", [0, 29, 100, 2045])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
+def test_attention_of_few_positions_is_to_the_last_bit_that_of_each_alone(
+    heads: tuple[int, int], start: int, cache_type: str
+) -> None:
+    (H, K), Hd, D, S = heads, 12, 40, 7
+    k, random = kernels(), rng(*heads, start)
+
+    def matrix(O: int, I: int) -> Stored:
+        return stored("float32", random.normal(0, I**-0.5, (O, I)))
+
+    norms = [k.keep(random.uniform(0.5, 2, n).astype(np.float32)) for n in (D, Hd, Hd)]
+    w = AttentionWeights(
+        norms[0],
+        *(matrix(n * Hd, D) for n in (H, K, K)),
+        *norms[1:],
+        matrix(D, H * Hd),
+        H,
+        K,
+    )
+    x = random.normal(size=(S, D)).astype(np.float32)
+    rope = on_device(random.normal(size=(start + S, Hd)).astype(np.float32))
+    before = random.normal(size=(1, start + S, K, Hd)).astype(np.float32)
+    dtype, eye = getattr(dtypes, cache_type), stored("float32", np.eye(D))
+
+    def run(parts: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        caches = [on_device(before).cast(dtype).contiguous().realize() for _ in range(2)]
+        found = []
+        for first, end in parts:
+            steps = steps_of(k, end - first, start + first, alike=True)
+            given = on_device(x[first:end])
+            at = steps.attention(steps._address(given), w, rope, *caches)
+            out = Tensor.empty(end - first, D, dtype=dtypes.float32, device="CPU")
+            steps._linear(at, [eye], steps._address(out))
+            found.append(steps._run(out).numpy())
+        return [np.concatenate(found), *(cache.float().numpy() for cache in caches)]
+
+    for few, alone in zip(run([(0, S)]), run([(s, s + 1) for s in range(S)]), strict=True):
+        assert np.array_equal(few, alone)
+
+
+@pytest.mark.parametrize(("E", "k"), [(1, 1), (4, 1), (5, 2), (8, 3)])
+@pytest.mark.parametrize("format", ["bfloat16", "Q8_0", "Q4_K"])
+def test_experts_of_few_positions_are_to_the_last_bit_those_of_each_alone(
+    format: str, E: int, k: int
+) -> None:
+    D, F, S = 256, 256, 7
+    random, kern = rng(E, k), kernels()
+    gate, up = (stored(format, random.normal(0, 0.2, (E, F, D))) for _ in range(2))
+    down = stored(format, random.normal(0, 0.2, (E, D, F)))
+    norm = kern.keep(random.uniform(0.5, 2, D).astype(np.float32))
+    w = MLPWeights(norm, gate, up, down, stored("float32", random.normal(size=(E, D))), k, True)
+    x, eye = random.normal(size=(S, D)).astype(np.float32), stored("float32", np.eye(D))
+
+    def run(first: int, end: int) -> np.ndarray:
+        steps = steps_of(kern, end - first, alike=True)
+        given = on_device(x[first:end])
+        at = steps.experts(steps._address(given), w)
+        out = Tensor.empty(end - first, D, dtype=dtypes.float32, device="CPU")
+        steps._linear(at, [eye], steps._address(out))
+        result: np.ndarray = steps._run(out).numpy()
+        return result
+
+    assert np.array_equal(run(0, S), np.concatenate([run(s, s + 1) for s in range(S)]))
