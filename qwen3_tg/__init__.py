@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qwen3_tg.reply import End, Text, Thinking, ToolCall
     from qwen3_tg.sampling import Sampling
     from qwen3_tg.tokenizer import Tokenizer
+    from qwen3_tg.tool_loop import ToolLoop
+    from qwen3_tg.tools import Tool, ToolError, ToolResult
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,10 @@ _HOME = {
     "Text": "reply",
     "ToolCall": "reply",
     "End": "reply",
+    "Tool": "tools",
+    "ToolError": "tools",
+    "ToolResult": "tools",
+    "ToolLoop": "tool_loop",
 }
 
 __all__ = [
@@ -57,7 +63,11 @@ __all__ = [
     "Text",
     "Thinking",
     "Tokenizer",
+    "Tool",
     "ToolCall",
+    "ToolError",
+    "ToolLoop",
+    "ToolResult",
     "UnsupportedError",
     "UsageError",
     "load",

@@ -31,6 +31,8 @@ from qwen3_tg.sampling import Sampling
 from qwen3_tg.shards import split_axis
 from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.tokenizer import Tokenizer
+from qwen3_tg.tool_loop import ToolLoop
+from qwen3_tg.tools import Tool, Toolbox, schemas_of
 
 if TYPE_CHECKING:
     from qwen3_tg.generate import Engine, Generation
@@ -42,7 +44,8 @@ BUDGET_SPENT = (
     f"thinking directly now.\n{END_THINK}\n\n"
 )
 
-Tools = Sequence[Mapping[str, Any]]
+# As JSON schemas, or as Python functions whose schema is read from signature and docstring.
+Tools = Sequence[Mapping[str, Any] | Callable[..., Any] | Tool]
 
 
 def load(
@@ -194,7 +197,9 @@ class LLM:
     ) -> str:
         """The text of a conversation, by the checkpoint's own template. Raises ChatError."""
         names = dict(self.checkpoint.special_tokens) | template_kwargs
-        return self.chat_template.render(messages, tools, add_generation_prompt, **names)
+        return self.chat_template.render(
+            messages, schemas_of(tools), add_generation_prompt, **names
+        )
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: (S, V) float32."""
@@ -268,9 +273,11 @@ class LLM:
 
         `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
-        `stop` strings end the answer. `allow_special` lets special tokens in the messages act."""
+        `stop` strings end the answer. `allow_special` lets special tokens in the messages act.
+        `tools` are not run, only told to the model; `chat_with_tools` runs them."""
         check_messages(messages)
-        check_tools(tools)
+        schemas = schemas_of(tools)
+        check_tools(schemas)
         if not isinstance(thinking, bool):
             raise UsageError(f"thinking must be True or False, found {thinking!r}")
         if unknown := set(template_kwargs) - self.chat_template.variables - {"enable_thinking"}:
@@ -280,7 +287,7 @@ class LLM:
             )
         check_count("thinking_budget", thinking_budget, least=0)
         check_count("max_new_tokens", max_new_tokens, least=1)
-        text, ids = self._encode(messages, tools, thinking, allow_special, template_kwargs)
+        text, ids = self._encode(messages, schemas, thinking, allow_special, template_kwargs)
         if not ids:
             raise ChatError(f"{self.checkpoint.path}: the chat template renders to nothing")
         in_thinking = text.rstrip("\n").endswith(THINK)
@@ -292,15 +299,41 @@ class LLM:
         strings = StopStrings(stop)
         return self._reply(generation, parser, strings, thinking_budget, max_new_tokens)
 
+    def chat_with_tools(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Callable[..., Any] | Tool],
+        thinking: bool = True,
+        *,
+        sampling: Sampling | None = None,
+        max_rounds: int = 10,
+        **options: Any,
+    ) -> ToolLoop:
+        """Let the model call these functions until it answers: the pieces of all its turns, and the
+        results of its calls. The loop's `messages` are the conversation with all of that.
+
+        `options` are those of `chat`, for every turn. What goes wrong in a call is told to the
+        model as its result. Raises ChatError where it calls in more than `max_rounds` turns."""
+        toolbox = Toolbox(tools)
+        chosen = sampling or self.default_sampling(thinking=thinking)
+
+        def ask(messages: Sequence[Message], rounds: int) -> Iterator[Piece]:
+            # other random numbers for each turn, far from those of any other seed a user gives
+            seed = (chosen.seed + rounds * 2**96) % 2**128
+            again = replace(chosen, seed=seed)
+            return self.chat(messages, toolbox.schemas, thinking, sampling=again, **options)
+
+        return ToolLoop(ask, messages, toolbox, max_rounds)
+
     def _encode(
         self,
         messages: Sequence[Message],
-        tools: Tools | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         thinking: bool,
         allow_special: bool,
         template_kwargs: Mapping[str, Any],
     ) -> tuple[str, list[int]]:
-        def render(messages: Sequence[Message], tools: Tools | None) -> str:
+        def render(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
             options = {"add_generation_prompt": True, "enable_thinking": thinking}
             return self.render(messages, tools, **(options | dict(template_kwargs)))
 

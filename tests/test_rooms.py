@@ -22,9 +22,12 @@ FLOORS = [
         "yarn",
         "dequantise",
         "hub",
+        "json_schema",
+        "tool_schema",
     ],
     ["config", "tokenizer", "reply", "device"],
-    ["checkpoint", "chat", "pull", "quantize"],
+    ["checkpoint", "chat", "pull", "quantize", "tools"],
+    ["tool_loop"],
     ["shards", "placement"],
     ["linear", "rope", "kv_cache", "kv_sizes", "tuning"],
     ["model", "plan"],
@@ -40,6 +43,7 @@ FLOORS = [
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
 WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "shards", "plan"]
+WITHOUT_TINYGRAD += ["tools", "tool_loop"]
 
 
 def imports(path: Path) -> set[str]:
