@@ -129,6 +129,8 @@ def _parser(command: str | None) -> _Parser:
         )
     _add_run(parser)
     _add_generation(parser)
+    if command == "chat":
+        _add_chat_tools(parser)
     return parser
 
 
@@ -202,6 +204,34 @@ def _add_generation(parser: _Parser) -> None:
         "--allow-special",
         action="store_true",
         help="let special tokens such as <|im_end|> in your text act as such",
+    )
+    reply.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="a JSON list of functions that the model may call; its calls are printed as JSON, and "
+        'in a chat answered, by the "command" of a function or by you',
+    )
+
+
+def _add_chat_tools(parser: _Parser) -> None:
+    tools = parser.add_argument_group("the commands in --tools FILE")
+    tools.add_argument("--yes-tools", action="store_true", help="run them without asking")
+    tools.add_argument(
+        "--tool-timeout", type=float, default=30, metavar="S", help="seconds that one may run (30)"
+    )
+    tools.add_argument(
+        "--tool-output",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="bytes of what one prints that the model is given (16384)",
+    )
+    tools.add_argument(
+        "--tool-rounds",
+        type=int,
+        default=10,
+        metavar="N",
+        help="rounds of calls before it must answer (10)",
     )
 
 

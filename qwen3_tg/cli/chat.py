@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from qwen3_tg.chat import Message
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.generate import (
     check_sampling,
@@ -16,8 +17,10 @@ from qwen3_tg.cli.generate import (
     reply,
     with_system,
 )
+from qwen3_tg.cli.tools import ChatTools, ToolPrinter, chat_tools
 from qwen3_tg.errors import ContextError, Qwen3Error, UsageError
 from qwen3_tg.llm import LLM
+from qwen3_tg.reply import Piece
 
 _HELP = """\
 /thinking on|off   think before answering, or not
@@ -32,11 +35,11 @@ _FOR_THE_MODEL = ("/think", "/no_think")
 class Conversation:
     """What has been said, and how the next turn is made."""
 
-    def __init__(self, llm: LLM, options: argparse.Namespace):
-        self._llm, self._options = llm, options
+    def __init__(self, llm: LLM, options: argparse.Namespace, tools: ChatTools):
+        self._llm, self._options, self._tools = llm, options, tools
         self.sampling = choose_sampling(options, llm)
         self._turns = 0  # asked so far, also those that /clear forgot
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
 
     def command(self, line: str) -> bool:
         """Obey a line such as /clear; False if it says to leave."""
@@ -60,43 +63,51 @@ class Conversation:
         return True
 
     def turn(self, text: str) -> None:
-        """Answer a message. Stopped with Ctrl-C, what was answered so far is kept; after an error
-        or with no answer at all, the message is as if never sent."""
+        """Answer a message. Stopped with Ctrl-C, what was answered so far is kept, after an error
+        the results of tools; with neither, the message is as if never sent."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        printer = terminal.ReplyPrinter(self.sampling.seed, self._options.verbose)
+        printer = ToolPrinter(
+            lambda: terminal.ReplyPrinter(self.sampling.seed, self._options.verbose)
+        )
         # each turn draws other random numbers, far from those of any other seed a user gives
         seed = (self.sampling.seed + self._turns * 2**64) % 2**128
         self._turns += 1
+
+        def ask(messages: Sequence[Message], rounds: int) -> Iterator[Piece]:
+            sampling = replace(self.sampling, seed=(seed + rounds * 2**96) % 2**128)
+            messages = with_system(messages, self._options)
+            return reply(self._llm, messages, sampling, self._options, self._tools.schemas)
+
+        turns = self._tools.answer(ask, messages)
+        stopped = ""
         try:
-            pieces = reply(
-                self._llm,
-                with_system(messages, self._options),
-                replace(self.sampling, seed=seed),
-                self._options,
-            )
-            terminal.stream(pieces, printer.show, self._llm)
+            terminal.stream(turns, printer.show, self._llm)
             if printer.reason == "context":
                 terminal.note("(/clear starts anew)")
         except KeyboardInterrupt:
             printer.finish()
             terminal.note("(stopped)")
+            stopped = printer.text
         except ContextError as e:
             terminal.note(f"error: {e}; /clear starts anew")
             return
         except Qwen3Error as e:
             terminal.note(f"error: {e}")
-            return
-        if printer.text:
-            self.messages = [*messages, {"role": "assistant", "content": printer.text}]
+        said = turns.messages
+        if stopped:
+            said = [*said, {"role": "assistant", "content": stopped}]
+        if len(said) > len(messages):
+            self.messages = said
 
 
 def chat(options: argparse.Namespace) -> None:
     """Load the model and talk until the input ends."""
     check_sampling(options)
+    tools = chat_tools(options)
     read = _terminal_reader() if sys.stdin.isatty() and sys.stdout.isatty() else _pipe_reader()
     llm = load_model(options)
     _ = llm.chat_template  # a model without one is refused before the first question
-    conversation = Conversation(llm, options)
+    conversation = Conversation(llm, options, tools)
     if sys.stdin.isatty():
         terminal.note(f"{options.model} on {llm.policy.device}; /help for help, Ctrl-D to leave")
     while (line := read()) is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qwen3_tg import usage
+from qwen3_tg.chat import Message
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.arguments import read_text
+from qwen3_tg.cli.tool_files import read_tools
 from qwen3_tg.errors import UsageError, check_count
 from qwen3_tg.llm import LLM, load
 from qwen3_tg.reply import End, Piece, Text
@@ -20,10 +22,11 @@ from qwen3_tg.sampling import Sampling
 def generate(options: argparse.Namespace) -> None:
     """Answer the prompt, or with --raw continue it."""
     if options.raw:
-        for name in ("system", "thinking", "thinking_budget", "allow_special"):
+        for name in ("system", "thinking", "thinking_budget", "allow_special", "tools"):
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning with --raw")
     check_sampling(options)
+    tools = [tool.schema for tool in read_tools(options.tools)] if options.tools else None
     prompt = read_text(options.prompt, keep_end=options.raw)
     if not prompt.strip():
         raise UsageError('the prompt is empty: qwen3 "a question", or qwen3 chat to talk')
@@ -32,7 +35,7 @@ def generate(options: argparse.Namespace) -> None:
     pieces = _continue(llm, prompt, sampling, options) if options.raw else None
     if pieces is None:
         messages = [{"role": "user", "content": prompt}]
-        pieces = reply(llm, with_system(messages, options), sampling, options)
+        pieces = reply(llm, with_system(messages, options), sampling, options, tools)
     printer = terminal.ReplyPrinter(sampling.seed, options.verbose)
     try:
         terminal.stream(pieces, printer.show, llm)
@@ -83,18 +86,21 @@ def choose_sampling(options: argparse.Namespace, llm: LLM) -> Sampling:
     return replace(llm.default_sampling(), **_given(options))
 
 
-def with_system(
-    messages: list[dict[str, str]], options: argparse.Namespace
-) -> list[dict[str, str]]:
-    return [{"role": "system", "content": options.system}] * bool(options.system) + messages
+def with_system(messages: Sequence[Message], options: argparse.Namespace) -> list[Message]:
+    return [{"role": "system", "content": options.system}] * bool(options.system) + [*messages]
 
 
 def reply(
-    llm: LLM, messages: list[dict[str, str]], sampling: Sampling, options: argparse.Namespace
+    llm: LLM,
+    messages: Sequence[Message],
+    sampling: Sampling,
+    options: argparse.Namespace,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[Piece]:
     """The model's turn, as the options say."""
     return llm.chat(
         messages,
+        tools,
         thinking=options.thinking != "off",
         thinking_budget=options.thinking_budget,
         max_new_tokens=options.max_new_tokens,

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from qwen3_tg.device import Policy
 from qwen3_tg.llm import LLM
 from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
 
+_Shown = TypeVar("_Shown")
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 # What a model writes can be anything, and a terminal obeys control characters: none but tab and
 # line break reach it.
@@ -40,7 +41,9 @@ class ReplyPrinter:
             _write(sys.stdout, piece.text)
         elif isinstance(piece, ToolCall):
             self._end_thinking()
-            call = json.dumps({"name": piece.name, "arguments": piece.arguments})
+            call = json.dumps({"name": piece.name, "arguments": piece.arguments}) + "\n"
+            if self.text and not self.text.endswith("\n"):
+                call = "\n" + call  # a call has a line of its own
             self.text += call
             _write(sys.stdout, call)
         else:
@@ -126,7 +129,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: status.update(f"{what}, {done} of {total}")
 
 
-def stream(pieces: Iterator[Piece], show: Callable[[Piece], None], llm: LLM) -> None:
+def stream(pieces: Iterator[_Shown], show: Callable[[_Shown], None], llm: LLM) -> None:
     """Show all pieces; on a terminal a sign of life stands there until the first one."""
     with _waiting(llm):
         first = next(pieces, None)
