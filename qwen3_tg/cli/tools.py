@@ -4,10 +4,11 @@ the result. Whoever reads is told the truth: what is shown is what runs, word fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen3_tg.cli import terminal
@@ -91,13 +92,35 @@ def _typed_result(name: str) -> str:
 
 def _ask(question: str) -> str | None:
     """A line of the user's, without its end; None at the end of the input."""
-    sys.stderr.write(question)
-    sys.stderr.flush()
-    line = sys.stdin.buffer.readline()
+    with _typing_is_shown():
+        sys.stderr.write(question)
+        sys.stderr.flush()
+        line = sys.stdin.buffer.readline()
     if not line:
         sys.stderr.write("\n")
         return None
     return line.decode("utf-8", errors="replace").rstrip("\r\n")
+
+
+@contextlib.contextmanager
+def _typing_is_shown() -> Iterator[None]:
+    """A terminal that takes and shows whole lines, whatever a chat has made of it. Keys that were
+    pressed before the question are no answer to it and are dropped."""
+    try:
+        import termios
+
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except (ImportError, OSError, ValueError, termios.error):  # a pipe, or a system without
+        yield
+        return
+    shown = [*before]
+    shown[3] |= termios.ECHO | termios.ICANON
+    termios.tcsetattr(number, termios.TCSAFLUSH, shown)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(number, termios.TCSANOW, before)
 
 
 def _readable(word: str) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -222,6 +225,29 @@ class TestConfirmation:
         assert typed == ToolResult(typed.call, "fünf")
         (nothing,) = self.ask(monkeypatch, file, "", tool=entry())
         assert nothing.content == "error: the user gave no result"
+
+    def test_a_terminal_shows_what_is_typed_and_earlier_keys_are_no_answer(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        screen, keyboard = pty.openpty()
+        before = termios.tcgetattr(keyboard)
+        before[3] &= ~termios.ECHO  # as while an answer is printed
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
+        os.write(screen, b"y\n")  # typed before the question, for the next message
+        assert select.select([keyboard], [], [], 10)[0], "it arrives later than it is written"
+
+        class Stderr(io.StringIO):
+            def write(self, text: str) -> int:
+                assert termios.tcgetattr(keyboard)[3] & termios.ECHO
+                os.write(screen, b"n\n")
+                return len(text)
+
+        with open(keyboard, encoding="utf-8") as stdin:  # noqa: PTH123 (a number)
+            monkeypatch.setattr(sys, "stdin", stdin)
+            monkeypatch.setattr(sys, "stderr", Stderr())
+            assert cli_tools._ask("run it? ") == "n"
+            assert not termios.tcgetattr(keyboard)[3] & termios.ECHO, "as it was"
+        os.close(screen)
 
     def test_what_is_shown_hides_nothing(self) -> None:
         shown = cli_tools._readable("a\u202eb\nrm -rf /\x1b[2J")
