@@ -19,6 +19,7 @@ from qwen3_tg.errors import (
     ContextError,
     DeviceError,
     Qwen3Error,
+    UnfinishedError,
     UnsupportedError,
     UsageError,
 )
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qwen3_tg.llm import LLM, load
     from qwen3_tg.reply import End, Text, Thinking, ToolCall
     from qwen3_tg.sampling import Sampling
+    from qwen3_tg.structured import Constraint
     from qwen3_tg.tokenizer import Tokenizer
     from qwen3_tg.tool_loop import ToolLoop
     from qwen3_tg.tools import Tool, ToolError, ToolResult
@@ -44,6 +46,7 @@ _HOME = {
     "Text": "reply",
     "ToolCall": "reply",
     "End": "reply",
+    "Constraint": "structured",
     "Tool": "tools",
     "ToolError": "tools",
     "ToolResult": "tools",
@@ -54,6 +57,7 @@ __all__ = [
     "LLM",
     "ChatError",
     "CheckpointError",
+    "Constraint",
     "ContextError",
     "DeviceError",
     "End",
@@ -68,6 +72,7 @@ __all__ = [
     "ToolError",
     "ToolLoop",
     "ToolResult",
+    "UnfinishedError",
     "UnsupportedError",
     "UsageError",
     "load",

@@ -159,7 +159,8 @@ class Engine:
 class Generation(Iterator[int]):
     """The ids that follow `prompt`, one by one. Also says, while running and after: `stop_reason`
     (None until the end; then "stop", "length" or "context"), `stop_id`, counts, and seconds.
-    `sampling` may be changed on the way."""
+    `sampling` may be changed on the way, and `allow`, which is called with the ids since the prompt
+    and gives the mask of those that may come next, (V,) bool, or None for all."""
 
     def __init__(
         self,
@@ -182,6 +183,12 @@ class Generation(Iterator[int]):
         self.first_token_s = self.later_tokens_s = 0.0
         self.stop_reason: str | None = None
         self.stop_id: int | None = None
+        self.allow: Callable[[Sequence[int]], np.ndarray | None] | None = None
+
+    @property
+    def new_ids(self) -> list[int]:
+        """The ids since the prompt."""
+        return self._ids[self.prompt_tokens :]
 
     def __next__(self) -> int:
         if self.stop_reason is None:
@@ -193,7 +200,8 @@ class Generation(Iterator[int]):
             raise StopIteration
         began = time.perf_counter()
         logits = self._engine.next_logits(self._ids)
-        id = sample(logits, self.sampling, self.new_tokens, self._seen)
+        allowed = self.allow(self.new_ids) if self.allow else None
+        id = sample(logits, self.sampling, self.new_tokens, self._seen, allowed)
         if self.new_tokens == 0:
             self.first_token_s = time.perf_counter() - began
         else:

@@ -30,11 +30,14 @@ from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.sampling import Sampling
 from qwen3_tg.shards import split_axis
 from qwen3_tg.stop_strings import StopStrings
+from qwen3_tg.structured import Allowed, Constraint, vocabulary
 from qwen3_tg.tokenizer import Tokenizer
 from qwen3_tg.tool_loop import ToolLoop
 from qwen3_tg.tools import Tool, Toolbox, schemas_of
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from qwen3_tg.generate import Engine, Generation
 
 # What Qwen advises to close the thinking with when its budget is spent (Qwen3 documentation,
@@ -228,11 +231,12 @@ class LLM:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         on_end: Callable[[End], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """Continue a text as it is, without a template; special tokens in it act as such.
 
         Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
-        it ended."""
+        it ended. With a `constraint` all that is new has its form, or UnfinishedError is raised."""
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
         strings = StopStrings(stop)
@@ -240,6 +244,7 @@ class LLM:
         generation = self.generate_ids(
             tokenizer.encode(prompt), max_new_tokens, sampling or self.default_sampling()
         )
+        allowed = self._allow(generation, constraint, stop, None)
 
         def stream() -> Iterator[str]:
             decoder = tokenizer.stream()
@@ -253,6 +258,8 @@ class LLM:
                     yield text
             if on_end:
                 on_end(_end(generation, strings.found, thinking_tokens=0))
+            if allowed:
+                allowed.finish(generation.new_ids, generation.stop_reason or "")
 
         return stream()
 
@@ -267,6 +274,7 @@ class LLM:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         allow_special: bool = False,
+        constraint: Constraint | None = None,
         **template_kwargs: Any,
     ) -> Iterator[Piece]:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
@@ -274,7 +282,9 @@ class LLM:
         `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
         `stop` strings end the answer. `allow_special` lets special tokens in the messages act.
-        `tools` are not run, only told to the model; `chat_with_tools` runs them."""
+        `tools` are not run, only told to the model; `chat_with_tools` runs them. With a
+        `constraint` the answer, after the thinking, has its form, or UnfinishedError is raised
+        after End; it goes with neither tools nor stop strings, which would end it otherwise."""
         check_messages(messages)
         schemas = schemas_of(tools)
         check_tools(schemas)
@@ -295,9 +305,11 @@ class LLM:
             raise UsageError("this model always thinks: its template has no switch for it")
         sampling = sampling or self.default_sampling(thinking=thinking)
         generation = self.generate_ids(ids, None, sampling)
+        may_think = thinking and self.can_choose_to_think
+        allowed = self._allow(generation, constraint, stop, schemas, in_thinking, may_think)
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
-        return self._reply(generation, parser, strings, thinking_budget, max_new_tokens)
+        return self._reply(generation, parser, strings, thinking_budget, max_new_tokens, allowed)
 
     def chat_with_tools(
         self,
@@ -350,6 +362,7 @@ class LLM:
         strings: StopStrings,
         thinking_budget: int | None,
         max_new_tokens: int | None,
+        allowed: Allowed | None,
     ) -> Iterator[Piece]:
         tokenizer = self._need_tokenizer()
         decoder = tokenizer.stream()
@@ -380,6 +393,8 @@ class LLM:
             id = next(generation, None)
             if id is None:
                 break
+            if allowed and allowed.answering:
+                parser.take_text()
             yield from cut(parser.push(decoder.push(id)))
             if parser.thinking or was_thinking:
                 thought += was_thinking and parser.thinking
@@ -391,6 +406,34 @@ class LLM:
             if held := strings.flush():
                 yield Text(held)
         yield _end(generation, strings.found, thought, not_answer)
+        if allowed:
+            allowed.finish(generation.new_ids, generation.stop_reason or "")
+
+    def _allow(
+        self,
+        generation: Generation,
+        constraint: Constraint | None,
+        stop: Sequence[str],
+        tools: Tools | None,
+        opened: bool = False,
+        may_think: bool = False,
+    ) -> Allowed | None:
+        """Let the constraint, if there is one, choose what this generation may take."""
+        if constraint is None:
+            return None
+        if stop or tools:
+            raise UsageError(
+                "a constraint goes with neither tools nor stop strings: a call or a cut answer "
+                "would not have its form"
+            )
+        tokenizer, stop_ids = self._need_tokenizer(), self.stop_ids
+        allowed = Allowed(constraint, self._vocabulary, tokenizer, stop_ids, opened, may_think)
+        generation.allow = allowed
+        return allowed
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        return vocabulary(self._need_tokenizer(), self.config.vocab_size, self.stop_ids)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -26,7 +26,7 @@ FLOORS = [
         "tool_schema",
     ],
     ["config", "tokenizer", "reply", "device"],
-    ["checkpoint", "chat", "pull", "quantize", "tools"],
+    ["checkpoint", "chat", "pull", "quantize", "tools", "structured"],
     ["tool_loop"],
     ["shards", "placement"],
     ["linear", "rope", "kv_cache", "kv_sizes", "tuning"],
@@ -43,7 +43,7 @@ FLOORS = [
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
 WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "shards", "plan"]
-WITHOUT_TINYGRAD += ["tools", "tool_loop"]
+WITHOUT_TINYGRAD += ["tools", "tool_loop", "structured"]
 
 
 def imports(path: Path) -> set[str]:

@@ -212,6 +212,15 @@ def _add_generation(parser: _Parser) -> None:
         'in a chat answered, by the "command" of a function or by you',
     )
 
+    form = reply.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema", metavar="FILE", help="answer with JSON that satisfies this schema"
+    )
+    form.add_argument("--regex", metavar="RE", help="answer with a match of all of RE")
+    form.add_argument(
+        "--grammar", metavar="FILE", help="answer as this grammar says, in Lark's syntax"
+    )
+
 
 def _add_chat_tools(parser: _Parser) -> None:
     tools = parser.add_argument_group("the commands in --tools FILE")

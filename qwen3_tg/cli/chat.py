@@ -17,6 +17,7 @@ from qwen3_tg.cli.generate import (
     reply,
     with_system,
 )
+from qwen3_tg.cli.structured import read_constraint
 from qwen3_tg.cli.tools import ChatTools, ToolPrinter, chat_tools
 from qwen3_tg.errors import ContextError, Qwen3Error, UsageError
 from qwen3_tg.llm import LLM
@@ -103,6 +104,7 @@ class Conversation:
 def chat(options: argparse.Namespace) -> None:
     """Load the model and talk until the input ends."""
     check_sampling(options)
+    options.constraint = read_constraint(options)
     tools = chat_tools(options)
     read = _terminal_reader() if sys.stdin.isatty() and sys.stdout.isatty() else _pipe_reader()
     llm = load_model(options)

@@ -12,8 +12,9 @@ from qwen3_tg import usage
 from qwen3_tg.chat import Message
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.arguments import read_text
+from qwen3_tg.cli.structured import read_constraint
 from qwen3_tg.cli.tool_files import read_tools
-from qwen3_tg.errors import UsageError, check_count
+from qwen3_tg.errors import UnfinishedError, UsageError, check_count
 from qwen3_tg.llm import LLM, load
 from qwen3_tg.reply import End, Piece, Text
 from qwen3_tg.sampling import Sampling
@@ -26,6 +27,7 @@ def generate(options: argparse.Namespace) -> None:
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning with --raw")
     check_sampling(options)
+    options.constraint = read_constraint(options)
     tools = [tool.schema for tool in read_tools(options.tools)] if options.tools else None
     prompt = read_text(options.prompt, keep_end=options.raw)
     if not prompt.strip():
@@ -107,6 +109,7 @@ def reply(
         sampling=sampling,
         stop=options.stop,
         allow_special=options.allow_special,
+        constraint=options.constraint,
     )
 
 
@@ -114,10 +117,16 @@ def _continue(
     llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespace
 ) -> Iterator[Piece]:
     ends: list[End] = []
-    texts = llm.generate(prompt, options.max_new_tokens, sampling, options.stop, ends.append)
+    texts = llm.generate(
+        prompt, options.max_new_tokens, sampling, options.stop, ends.append, options.constraint
+    )
 
     def pieces() -> Iterator[Piece]:
-        yield from map(Text, texts)
+        try:
+            yield from map(Text, texts)
+        except UnfinishedError:  # an answer that is not of the form asked for has an end, too
+            yield from ends
+            raise
         yield from ends
 
     return pieces()
