@@ -79,7 +79,9 @@ class Allowed:
 
     `opened`: the prompt has opened the thinking; `may_think`: the model may open it. Until it is
     closed every token is allowed but those that end the text. The constraint begins thereafter;
-    `answering` says whether it has. No special token is ever a part of a text in it."""
+    `answering` says whether it has. No special token is ever a part of a text in it.
+
+    Raises UsageError for a constraint that this vocabulary cannot meet."""
 
     def __init__(
         self,
@@ -91,8 +93,12 @@ class Allowed:
         may_think: bool = False,
     ):
         self._constraint, self._stop_ids = constraint, sorted(stop_ids)
-        self._matcher = _llguidance().LLMatcher(vocabulary, constraint.grammar, log_level=0)
-        self._check()
+        library = _llguidance()
+        limits = library.LLParserLimits(verbose_errors=False)  # else a page of its inner state
+        grammar = constraint.grammar
+        self._matcher = library.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+        if self._matcher.is_error():  # such as a special token that this vocabulary has not
+            raise UsageError(f"{constraint.name}: {self._problem}")
         self._size = vocabulary.vocab_size
         self._think = tokenizer.added_tokens.get(THINK)
         self._end_think = tokenizer.added_tokens.get(END_THINK)
@@ -153,11 +159,15 @@ class Allowed:
                 self._check()
         self._seen = len(new_ids)
 
+    @property
+    def _problem(self) -> str:
+        problem = " ".join(self._matcher.get_error().split()).removesuffix(" <non-verbose/>")
+        return f"llguidance says: {problem:.300}"
+
     def _check(self) -> None:
         if self._matcher.is_error():
-            problem = " ".join(self._matcher.get_error().split())
             raise UnfinishedError(
-                f"no answer that is {self._constraint.name} can be made: {problem:.300}"
+                f"no answer that is {self._constraint.name} can be made: {self._problem}"
             )
 
 

@@ -12,6 +12,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from qwen3_tg.cli.tool_commands import Limits, run_command
 from qwen3_tg.cli.tool_files import read_tools
 from qwen3_tg.cli.tools import ChatTools
 from qwen3_tg.errors import UsageError
-from qwen3_tg.reply import ToolCall
+from qwen3_tg.llm import LLM
+from qwen3_tg.reply import End, Piece, ToolCall
 from qwen3_tg.tools import ToolError, ToolResult
 
 QUESTION = "What is 123 * 45?"
@@ -288,6 +290,36 @@ class TestChat:
         code = main(["chat", "--yes-tools", "--tools", write(file, tool), "--max-new-tokens", "50"])
         assert code == 0
         assert "result: error: exit code 3" in capsys.readouterr().err
+
+    def test_what_was_run_is_remembered_after_ctrl_c_and_after_too_many_rounds(
+        self, monkeypatch: pytest.MonkeyPatch, file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of a model that always calls, and whose call in its fifth turn the user stops."""
+        asked: list[list[Any]] = []
+        call = ToolCall("calculator", {"expression": "2 + 3"})
+        stop = ToolCall("calculator", {"expression": "stop"})
+
+        def script(self: LLM, messages: list[Any], *_: Any, **__: Any) -> Iterator[Piece]:
+            asked.append(messages)
+            yield from [stop if len(asked) == 5 else call, End("stop", 1, 0, 1, 0.0, 0.0)]
+
+        def run(words: list[str], *_: Any) -> str:
+            if "stop" in words:
+                raise KeyboardInterrupt
+            return "5"
+
+        monkeypatch.setattr(LLM, "chat", script)
+        monkeypatch.setattr(cli_tools, "run_command", run)
+        stdin_is(monkeypatch, "first\nsecond\nthird\n")
+        options = ["--yes-tools", "--tools", write(file, CALCULATOR), "--tool-rounds", "2"]
+        assert main(["chat", *options]) == 0
+        err = capsys.readouterr().err
+        assert "called tools in 2 rounds and wants to go on" in err and "(stopped)" in err
+        roles = [[message["role"][0] for message in messages] for messages in asked]
+        first = ["u", "a", "t", "a", "t"]
+        assert roles[:3] == [["u"], first[:3], first], "the first question with its two rounds"
+        assert roles[3:5] == [[*first, "u"], [*first, "u", "a", "t"]], "the second goes on from it"
+        assert roles[5] == [*first, "u", "a", "t", "u"], "stopped in a round, it keeps the others"
 
     @pytest.mark.parametrize(
         ("arguments", "problem"),

@@ -196,6 +196,18 @@ class TestTokens:
         with pytest.raises(UnfinishedError, match="unfinished"):
             tiny_words.allowed(constraint, opened=True).finish(ids, reason)
 
+    def test_what_this_vocabulary_cannot_meet_is_refused(self, tiny_words: Words) -> None:
+        with pytest.raises(UsageError, match=r"a text as in the grammar: .*unknown special token"):
+            tiny_words.allowed(Constraint.lark("start: <|nope|>"))
+
+    @pytest.mark.parametrize("grammar", ["start: start", 'start: "a" start'])
+    def test_a_grammar_without_an_end_is_an_error_and_no_endless_answer(
+        self, tiny_words: Words, grammar: str
+    ) -> None:
+        with pytest.raises(UnfinishedError, match="can be made") as caught:
+            tiny_words.random_answer(Constraint.lark(grammar), 0)
+        assert len(str(caught.value)) < 300
+
     def test_a_token_that_is_not_allowed_is_told_and_not_taken(self, tiny_words: Words) -> None:
         allowed = tiny_words.allowed(Constraint.regex("[0-9]+"))
         with pytest.raises(UnfinishedError, match="can be made"):
