@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 # Read by tinygrad when it is first imported. Tests that need another device start a process.
 os.environ["DEV"] = "CPU"
-# Compiled kernels in a place of the tests' own, which `pytest --cache-clear` empties.
+# Compiled kernels and what is typed, in a place of our own; `pytest --cache-clear` empties it.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parent.parent / ".pytest_cache" / "d")
+os.environ["XDG_STATE_HOME"] = os.environ["XDG_CACHE_HOME"] + "/state"
 os.environ.pop("CACHEDB", None)
 
 import numpy as np

@@ -122,7 +122,9 @@ def _parser(command: str | None) -> _Parser:
     if command == "tokenize":
         _add_tokenize(parser)
         return parser
-    if command != "chat":
+    if command == "chat":
+        _add_chat(parser)
+    else:
         parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="the text; - is stdin")
         parser.add_argument(
             "--raw", action="store_true", help="continue the prompt as it is, without a template"
@@ -212,6 +214,7 @@ def _add_generation(parser: _Parser) -> None:
         'in a chat answered, by the "command" of a function or by you',
     )
 
+    parser.set_defaults(constraint=None)  # what one of these says, once it was read
     form = reply.add_mutually_exclusive_group()
     form.add_argument(
         "--json-schema", metavar="FILE", help="answer with JSON that satisfies this schema"
@@ -241,6 +244,25 @@ def _add_chat_tools(parser: _Parser) -> None:
         default=10,
         metavar="N",
         help="rounds of calls before it must answer (10)",
+    )
+
+
+def _add_chat(parser: _Parser) -> None:
+    talk = parser.add_argument_group("the conversation (/help lists its commands)")
+    talk.add_argument(
+        "--session", metavar="FILE", help="go on with it if it is there; keep it after every turn"
+    )
+    talk.add_argument(
+        "--plain", action="store_true", help="show text as it comes: no Markdown, no folding"
+    )
+    talk.add_argument(
+        "--full-thinking", action="store_true", help="leave the thinking on the screen"
+    )
+    talk.add_argument(
+        "--no-history",
+        dest="history",
+        action="store_false",
+        help="keep nothing of what you type for the next time",
     )
 
 

@@ -4,101 +4,21 @@ is a message."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from pathlib import Path
 
-from qwen3_tg.chat import Message
-from qwen3_tg.cli import terminal
-from qwen3_tg.cli.generate import (
-    check_sampling,
-    choose_sampling,
-    load_model,
-    reply,
-    with_system,
-)
+from qwen3_tg.cli import session, terminal
+from qwen3_tg.cli.commands import Commands, Leave
+from qwen3_tg.cli.conversation import Conversation
+from qwen3_tg.cli.generate import check_sampling, load_model
+from qwen3_tg.cli.keep import Keeper
 from qwen3_tg.cli.structured import read_constraint
-from qwen3_tg.cli.tools import ChatTools, ToolPrinter, chat_tools
-from qwen3_tg.errors import ContextError, Qwen3Error, UsageError
-from qwen3_tg.llm import LLM
-from qwen3_tg.reply import Piece
-
-_HELP = """\
-/thinking on|off   think before answering, or not
-/clear             forget the conversation
-/help              this text
-/exit              leave (also Ctrl-D)
-Ctrl-C stops an answer. A line for the model that starts with / needs a space before it, but for
-/think and /no_think, the model's own switches."""
-_FOR_THE_MODEL = ("/think", "/no_think")
-
-
-class Conversation:
-    """What has been said, and how the next turn is made."""
-
-    def __init__(self, llm: LLM, options: argparse.Namespace, tools: ChatTools):
-        self._llm, self._options, self._tools = llm, options, tools
-        self.sampling = choose_sampling(options, llm)
-        self._turns = 0  # asked so far, also those that /clear forgot
-        self.messages: list[Message] = []
-
-    def command(self, line: str) -> bool:
-        """Obey a line such as /clear; False if it says to leave."""
-        word, _, argument = line.partition(" ")
-        argument = argument.strip()
-        if word in ("/exit", "/quit", "/bye"):
-            return False
-        if word == "/clear":
-            self.messages = []
-            terminal.note("(forgotten)")
-        elif word == "/thinking":
-            if argument in ("on", "off"):
-                self._options.thinking = argument
-            elif argument:
-                terminal.note("/thinking takes on or off")
-            terminal.note(f"(thinking is {self._options.thinking or 'on'})")
-        elif word == "/help":
-            terminal.note(_HELP)
-        else:
-            terminal.note(f"unknown command {word!r}; /help lists them")
-        return True
-
-    def turn(self, text: str) -> None:
-        """Answer a message. Stopped with Ctrl-C, what was answered so far is kept, after an error
-        the results of tools; with neither, the message is as if never sent."""
-        messages = [*self.messages, {"role": "user", "content": text}]
-        printer = ToolPrinter(
-            lambda: terminal.ReplyPrinter(self.sampling.seed, self._options.verbose)
-        )
-        # each turn draws other random numbers, far from those of any other seed a user gives
-        seed = (self.sampling.seed + self._turns * 2**64) % 2**128
-        self._turns += 1
-
-        def ask(messages: Sequence[Message], rounds: int) -> Iterator[Piece]:
-            sampling = replace(self.sampling, seed=(seed + rounds * 2**96) % 2**128)
-            messages = with_system(messages, self._options)
-            return reply(self._llm, messages, sampling, self._options, self._tools.schemas)
-
-        turns = self._tools.answer(ask, messages)
-        stopped = ""
-        try:
-            terminal.stream(turns, printer.show, self._llm)
-            if printer.reason == "context":
-                terminal.note("(/clear starts anew)")
-        except KeyboardInterrupt:
-            printer.finish()
-            terminal.note("(stopped)")
-            stopped = printer.text
-        except ContextError as e:
-            terminal.note(f"error: {e}; /clear starts anew")
-            return
-        except Qwen3Error as e:
-            terminal.note(f"error: {e}")
-        said = turns.messages
-        if stopped:
-            said = [*said, {"role": "assistant", "content": stopped}]
-        if len(said) > len(messages):
-            self.messages = said
+from qwen3_tg.cli.tools import chat_tools
+from qwen3_tg.errors import UsageError
+from qwen3_tg.llm import BUDGET_SPENT, LLM
+from qwen3_tg.reply import END_THINK
 
 
 def chat(options: argparse.Namespace) -> None:
@@ -106,38 +26,77 @@ def chat(options: argparse.Namespace) -> None:
     check_sampling(options)
     options.constraint = read_constraint(options)
     tools = chat_tools(options)
-    read = _terminal_reader() if sys.stdin.isatty() and sys.stdout.isatty() else _pipe_reader()
+    if options.session and Path(options.session).expanduser().exists():
+        session.read(Path(options.session).expanduser())  # refused before the model is loaded
     llm = load_model(options)
     _ = llm.chat_template  # a model without one is refused before the first question
-    conversation = Conversation(llm, options, tools)
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def printer(seed: int) -> terminal.ReplyPrinter:
+        now = conversation.options
+        if not on_terminal or now.plain or not terminal.obeys_codes():
+            return terminal.ReplyPrinter(seed, now.verbose, speed=on_terminal)
+        from qwen3_tg.cli.screen import ScreenPrinter
+
+        return ScreenPrinter(seed, now.verbose, _counter(llm), now.full_thinking)
+
+    conversation = Conversation(llm, options, printer, tools)
+    keeper = Keeper(conversation, options.model)
     if sys.stdin.isatty():
         terminal.note(f"{options.model} on {llm.policy.device}; /help for help, Ctrl-D to leave")
-    while (line := read()) is not None:
-        if not line.strip():
-            continue
-        if line.startswith("/") and line.split()[0] not in _FOR_THE_MODEL:
-            if not conversation.command(line.strip()):
-                return
+    if options.session:
+        keeper.start(options.session)
+    with contextlib.suppress(Leave):
+        if on_terminal:
+            _talk(conversation, keeper, options.history)
         else:
-            conversation.turn(line)
+            _read_lines(conversation, keeper)
 
 
-def _terminal_reader() -> Callable[[], str | None]:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import InMemoryHistory
+def _talk(conversation: Conversation, keeper: Keeper, keep_history: bool) -> None:
+    from qwen3_tg.cli import keyboard
+    from qwen3_tg.cli.history import open_history
 
-    session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+    keys = keyboard.Keyboard(open_history(keep_history))
+    commands = Commands(conversation, keeper, keys.edit)
+    while (typed := keys.read()) is not None:
+        text = keyboard.message(typed)
+        try:
+            with keyboard.keys_not_shown():
+                is_message = keyboard.is_quoted(typed) or not commands.obey(text)
+                if is_message and text.strip() and not conversation.ask(text):
+                    terminal.note("(not kept; /regen asks it again, /edit changes it)")
+                _keep(keeper)
+        except KeyboardInterrupt:  # outside of an answer, such as while a file is read
+            terminal.note("(stopped)")
 
-    def read() -> str | None:
-        while True:
-            try:
-                return session.prompt("> ")
-            except KeyboardInterrupt:
-                continue  # drops the line being typed
-            except EOFError:
-                return None
 
-    return read
+def _read_lines(conversation: Conversation, keeper: Keeper) -> None:
+    commands, read = Commands(conversation, keeper, None), _pipe_reader()
+    while (line := read()) is not None:
+        if not commands.obey(line) and line.strip():
+            conversation.ask(line)
+        _keep(keeper)
+
+
+def _keep(keeper: Keeper) -> None:
+    try:
+        keeper.after_a_turn()
+    except UsageError as e:
+        terminal.note(f"error: {e}; /save FILE keeps it elsewhere")
+
+
+def _counter(llm: LLM) -> Callable[[str], int]:
+    """Tokens of a thinking, whose tags have lines of their own; the sentence that ends it where
+    its budget is spent is none of the model's."""
+    sentence = BUDGET_SPENT.partition(END_THINK)[0].rstrip("\n")
+
+    def count(thinking: str) -> int:
+        own = thinking.removesuffix(sentence)
+        text = f"\n{own}\n" if own == thinking else f"\n{own}"
+        return len(llm.tokenizer.encode(text, plain=True)) if llm.tokenizer else 0
+
+    return count
 
 
 def _pipe_reader() -> Callable[[], str | None]:

@@ -85,7 +85,7 @@ def check_sampling(options: argparse.Namespace) -> None:
 
 def choose_sampling(options: argparse.Namespace, llm: LLM) -> Sampling:
     """What was asked for on top of the checkpoint's advice."""
-    return replace(llm.default_sampling(), **_given(options))
+    return replace(llm.default_sampling(thinking=options.thinking != "off"), **_given(options))
 
 
 def with_system(messages: Sequence[Message], options: argparse.Namespace) -> list[Message]:
@@ -102,7 +102,7 @@ def reply(
     """The model's turn, as the options say."""
     return llm.chat(
         messages,
-        tools,
+        tools=tools,
         thinking=options.thinking != "off",
         thinking_budget=options.thinking_budget,
         max_new_tokens=options.max_new_tokens,
@@ -133,5 +133,7 @@ def _continue(
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("temperature", "top_p", "top_k", "min_p", "seed")
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+    """The fields of Sampling that were chosen; a conversation can set more than have an option."""
+    names = [name for name in Sampling.__dataclass_fields__ if name != "logit_bias"]
+    values = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,10 +1,12 @@
-"""How a reply looks: the answer on stdout, thinking dim on stderr, no moving of the cursor."""
+"""How a reply looks: the answer on stdout, thinking dim on stderr, no moving of the cursor (that is
+screen.py's)."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,50 +25,76 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ReplyPrinter:
-    """Prints pieces as they come. `text` is the answer so far, `reason` why it ended. `seed` and
-    `verbose` are for what is said at the end."""
+    """Prints pieces as they come. `text` is the answer so far, `thinking` what was thought before
+    it, `reason` why it ended and `end` the counts. `seed` and `verbose` are for what is said at the
+    end, or with `speed` in a few words. Another look of it overrides the four methods that show and
+    end a part."""
 
-    def __init__(self, seed: int = 0, verbose: bool = False) -> None:
-        self.text, self.reason = "", ""
-        self._seed, self._verbose = seed, verbose
-        self._thinking = False  # a line of thinking is unfinished
+    def __init__(self, seed: int = 0, verbose: bool = False, speed: bool = False) -> None:
+        self.text, self.thinking, self.reason = "", "", ""
+        self.end: End | None = None
+        self._seed, self._verbose, self._speed = seed, verbose, speed
+        self._is_thinking = False  # a line of thinking is unfinished
+        self._is_answering = False
 
     def show(self, piece: Piece) -> None:
         if isinstance(piece, Thinking):
-            self._thinking = True
-            _write(sys.stderr, piece.text, dim=True)
-        elif isinstance(piece, Text):
-            self._end_thinking()
-            self.text += piece.text
-            _write(sys.stdout, piece.text)
-        elif isinstance(piece, ToolCall):
-            self._end_thinking()
-            call = json.dumps({"name": piece.name, "arguments": piece.arguments}) + "\n"
-            if self.text and not self.text.endswith("\n"):
-                call = "\n" + call  # a call has a line of its own
-            self.text += call
-            _write(sys.stdout, call)
-        else:
-            self.reason = piece.reason
+            self._is_thinking = True
+            self.thinking += piece.text
+            self.show_thinking(piece.text)
+        elif isinstance(piece, End):
+            self.reason, self.end = piece.reason, piece
             self.finish()
             note_end(piece, self._seed, self._verbose)
+            if self._speed and not self._verbose:
+                note(speed(piece))
+        else:
+            self._end_thinking()
+            text = piece.text if isinstance(piece, Text) else _call(piece)
+            if not isinstance(piece, Text) and self.text and not self.text.endswith("\n"):
+                text = "\n" + text  # a call has a line of its own
+            self._is_answering = True
+            self.text += text
+            self.show_text(text)
 
     def finish(self) -> None:
         """End the line, whether the reply is whole or was interrupted."""
         self._end_thinking()
-        if self.text and not self.text.endswith("\n"):
-            _write(sys.stdout, "\n")
+        if self._is_answering:
+            self._is_answering = False
+            self.end_text()
 
     def _end_thinking(self) -> None:
-        if self._thinking:
-            _write(sys.stderr, "\n\n")
-        self._thinking = False
+        if self._is_thinking:
+            self._is_thinking = False
+            self.end_thinking()
+
+    def show_thinking(self, text: str) -> None:
+        _write(sys.stderr, text, is_dim=True)
+
+    def end_thinking(self) -> None:
+        _write(sys.stderr, "\n\n")
+
+    def show_text(self, text: str) -> None:
+        _write(sys.stdout, text)
+
+    def end_text(self) -> None:
+        if not self.text.endswith("\n"):
+            _write(sys.stdout, "\n")
+
+
+def _call(piece: ToolCall) -> str:
+    return json.dumps({"name": piece.name, "arguments": piece.arguments}) + "\n"
 
 
 def note(text: str) -> None:
-    """A remark of ours, dim, on stderr."""
-    _write(sys.stderr, text, dim=True)
-    _write(sys.stderr, "\n")
+    """A remark of ours, dim, on stderr; on a terminal no word of it is broken."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        sys.stderr.write("".join(f"{dim(line)}\n" for line in wrapped(harmless(text), columns)))
+        sys.stderr.flush()
+    else:
+        _write(sys.stderr, f"{text}\n")
 
 
 def note_device(policy: Policy, seconds: float) -> None:
@@ -81,15 +109,26 @@ def note_end(end: End, seed: int, verbose: bool) -> None:
         note("(cut off at --max-new-tokens)")
     elif end.reason == "context":
         note("(cut off: the context is full)")
-    if not verbose:
-        return
+    if verbose:
+        note(f"{counts(end)}; ended by {end.reason}; seed {seed}")
+
+
+def counts(end: End) -> str:
+    """How many tokens of each kind, and how fast."""
     later = end.thinking_tokens + end.answer_tokens - 1
     speed = f", then {later / end.later_tokens_s:.1f} tokens/s" if end.later_tokens_s > 0 else ""
-    note(
+    return (
         f"prompt {end.prompt_tokens} tokens, thinking {end.thinking_tokens}, "
-        f"answer {end.answer_tokens}; first token after {end.first_token_s:.2f} s{speed}; "
-        f"ended by {end.reason}; seed {seed}"
+        f"answer {end.answer_tokens}; first token after {end.first_token_s:.2f} s{speed}"
     )
+
+
+def speed(end: End) -> str:
+    """In a few words, for after each answer of a conversation."""
+    later = end.thinking_tokens + end.answer_tokens - 1
+    used = end.prompt_tokens + end.thinking_tokens + end.answer_tokens
+    fast = f", {later / end.later_tokens_s:.1f} tokens/s" if end.later_tokens_s > 0 else ""
+    return f"({end.answer_tokens} tokens{fast}; {used:,} tokens of context)"
 
 
 @contextmanager
@@ -160,13 +199,32 @@ def _waiting(llm: LLM) -> Iterator[None]:
             llm.on_kernels = None
 
 
-def _obeys_codes() -> bool:
+def harmless(text: str) -> str:
+    """Without the control characters that a terminal would obey."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Lines of at most so many columns, broken between words where there are any."""
+    from rich.console import Console
+    from rich.text import Text
+
+    lines = Text(text, overflow="fold").wrap(Console(width=columns), columns)
+    return [line.plain.rstrip() for line in lines]
+
+
+def dim(line: str) -> str:
+    """With the codes around it, for a terminal that shows them."""
+    return f"{_DIM}{line}{_RESET}" if line and obeys_codes() else line
+
+
+def obeys_codes() -> bool:
+    """Whether it is wished and likely that a terminal shows colours and moves its cursor."""
     return os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
 
 
-def _write(stream: TextIO, text: str, dim: bool = False) -> None:
+def _write(stream: TextIO, text: str, is_dim: bool = False) -> None:
     if stream.isatty():
-        text = _CONTROL.sub("\ufffd", text)
-        text = f"{_DIM}{text}{_RESET}" if dim and _obeys_codes() else text
+        text = dim(harmless(text)) if is_dim else harmless(text)
     stream.write(text)
     stream.flush()

@@ -84,6 +84,9 @@ class ChatTools:
         return False
 
 
+NO_TOOLS = ChatTools([], Limits(1, 1), 1, yes=False)
+
+
 def _typed_result(name: str) -> str:
     if (result := _ask(f"the result of {name}, in one line: ")) is None:
         raise ToolError("the user gave no result")
@@ -135,6 +138,11 @@ class ToolPrinter:
     def __init__(self, make: Callable[[], terminal.ReplyPrinter]):
         self._make, self._turn = make, make()
         self._calls: list[ToolCall] = []
+        self.ends: list[End] = []
+
+    @property
+    def thinking(self) -> str:
+        return self._turn.thinking
 
     @property
     def text(self) -> str:
@@ -155,6 +163,7 @@ class ToolPrinter:
                 self._turn = self._make()
             self._turn.show(piece)
             if isinstance(piece, End):
+                self.ends.append(piece)
                 for call in self._calls:
                     terminal.note(f"call: {call.name} {json.dumps(call.arguments)}")
                 self._calls = []

@@ -1,0 +1,151 @@
+"""What has been said, and how it goes on: ask, answer again, change the question, take back.
+
+Knows nothing of commands, files and keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qwen3_tg.chat import encode_chat
+from qwen3_tg.cli import terminal
+from qwen3_tg.cli.generate import choose_sampling, with_system
+from qwen3_tg.cli.tools import NO_TOOLS, ChatTools, ToolPrinter
+from qwen3_tg.cli.turn import Message, content_of, perform
+from qwen3_tg.errors import ChatError
+from qwen3_tg.llm import LLM
+from qwen3_tg.reply import End
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user asked last: the texts of files and what was typed, and what was said before.
+    It may have no answer yet."""
+
+    before: list[Message]
+    files: dict[str, str]
+    text: str
+
+    @property
+    def content(self) -> str:
+        return "\n\n".join([*self.files.values(), self.text])
+
+
+class Conversation:
+    """`messages` are without the system message, which is in `options`, with all that can be
+    changed on the way. `printer` makes what shows a reply, given the seed."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        options: argparse.Namespace,
+        printer: Callable[[int], terminal.ReplyPrinter],
+        tools: ChatTools = NO_TOOLS,
+    ):
+        self._tools = tools
+        self.llm, self.options, self._printer = llm, argparse.Namespace(**vars(options)), printer
+        self.messages: list[Message] = []
+        self.files: dict[str, str] = {}  # texts of files, by name, that go into the next message
+        self.draws = 0  # answers so far with this seed, also those that were taken back
+        self.ends: list[End] = []  # of all whole answers
+        self.thinking = ""  # of the last answer
+        self._random_seed = secrets.randbits(32)
+        self._question: Question | None = None
+        self._dropped: list[Message] | None = None  # by clear() or load(), for undo()
+
+    @property
+    def seed(self) -> int:
+        given: int | None = self.options.seed
+        return self._random_seed if given is None else given
+
+    @property
+    def thinks(self) -> bool:
+        return bool(self.options.thinking != "off")
+
+    def ask(self, text: str) -> bool:
+        """Answer a message. Stopped with Ctrl-C, what was answered so far is kept; after an error
+        or with no answer at all, the message is as if never sent, but can be asked again."""
+        answered = self._answer(Question(self.messages, self.files, text))
+        if answered:
+            self.files = {}
+        return answered
+
+    def question(self) -> Question | None:
+        """The last one, answered or not."""
+        if self._question is None:
+            last = _last_question(self.messages)
+            if last is not None:
+                text = content_of(self.messages[last])
+                self._question = Question(self.messages[:last], {}, text)
+        return self._question
+
+    def ask_again(self, text: str | None = None) -> bool:
+        """Another answer to the last question, or to this text in its place; the files that went
+        with it stay. Without a new answer the old one is kept."""
+        question = self.question()
+        if question is None:
+            return False
+        return self._answer(question if text is None else replace(question, text=text))
+
+    def undo(self) -> str | None:
+        """Take the last turn back, or clear() or load() where they were the last; what it was."""
+        if self._dropped is not None:
+            self.messages, self._dropped, self._question = self._dropped, None, None
+            return f"{count(self.messages)} are back"
+        last = _last_question(self.messages)
+        if last is None:
+            return None
+        self.messages, self._question = self.messages[:last], None
+        return f"the last turn is taken back; {count(self.messages)} left"
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self.replace_messages([])
+        self.files = {}
+
+    def replace_messages(self, messages: list[Message]) -> None:
+        """Go on from these."""
+        self._dropped = self.messages or self._dropped
+        self.messages, self._question = messages, None
+
+    def used_tokens(self) -> int:
+        """Tokens that the conversation takes in the context, as the next turn finds it."""
+        messages = with_system(self.messages, self.options)
+        if not messages or self.llm.tokenizer is None:
+            return 0
+        return len(encode_chat(self.llm.render, self.llm.tokenizer, messages, None)[1])
+
+    def _answer(self, question: Question) -> bool:
+        self._question = question
+        messages = [*question.before, {"role": "user", "content": question.content}]
+        printer = ToolPrinter(lambda: self._printer(self.seed))
+        # each turn draws other random numbers, far from those of any other seed a user gives
+        seed = (self.seed + self.draws * 2**64) % 2**128
+        self.draws += 1
+        sampling = replace(choose_sampling(self.options, self.llm), seed=seed)
+        said = perform(self.llm, messages, sampling, self.options, printer, self._tools)
+        self.thinking = printer.thinking
+        self.ends += printer.ends
+        if len(said) == len(messages):
+            return False
+        self.messages, self._dropped = said, None
+        return True
+
+
+def count(messages: list[Message]) -> str:
+    return f"{len(messages)} message{'s' * (len(messages) != 1)}"
+
+
+def _last_question(messages: list[Message]) -> int | None:
+    places = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    return places[-1] if places else None
+
+
+def system_fits(llm: LLM, system: str) -> None:
+    """Raises ChatError where the template takes no system message."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+    if system.strip() not in llm.render(messages):
+        raise ChatError("this model's chat template takes no system message")

@@ -1,0 +1,95 @@
+"""Which file a conversation is kept in, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen3_tg.cli import session, settings, terminal
+from qwen3_tg.cli.conversation import Conversation, count
+from qwen3_tg.cli.session import Session
+from qwen3_tg.errors import UsageError
+
+
+class Keeper:
+    """Saves and loads a conversation. `always`: after every change, to the file it has."""
+
+    def __init__(self, conversation: Conversation, model: str):
+        self._talk, self._model = conversation, model
+        self._config = session.fingerprint(conversation.llm.config)
+        self._path: Path | None = None
+        self._always = False
+        self._kept = self._now()
+
+    def start(self, name: str) -> None:
+        """For --session: load the file if it is there, and keep it up to date from now on. What
+        the command line says goes before what the file says. Raises UsageError."""
+        path, options = _path(name), self._talk.options
+        said = settings.given(options) | ({"system": options.system} if options.system else {})
+        if path.exists():
+            self._take(session.read(path), path)
+            for setting, value in said.items():
+                setattr(options, setting, value)
+        else:
+            terminal.note(f"(the conversation is kept in {path})")
+        self._path, self._always, self._kept = path, True, self._now()
+        session.write(path, self._kept)  # an unwritable place is found now, not after an answer
+
+    def after_a_turn(self) -> None:
+        """To call after whatever may have changed the conversation."""
+        now = self._now()
+        if self._always and self._path and now != self._kept:
+            session.write(self._path, now)
+            self._kept = now
+
+    def save(self, name: str, force: bool = False) -> Path:
+        """Write to this file, or with no name to the one it was saved to or loaded from before.
+
+        Raises UsageError, also where another file would be lost."""
+        if not name and self._path is None:
+            raise UsageError("/save takes a file to write")
+        path = _path(name) if name else self._path
+        assert path is not None
+        if path != self._path and path.exists() and not force:
+            raise UsageError(f"{path}: there is such a file; to write over it: /save --force FILE")
+        session.write(path, self._now())
+        if not self._always:
+            self._path = path
+        return path
+
+    def load(self, name: str) -> None:
+        """Go on with what the file holds. What --session keeps up to date is this file then."""
+        path = _path(name)
+        self.after_a_turn()
+        found = session.read(path)
+        self._take(found, path)
+        self._path, self._kept = path, self._now()
+
+    def _take(self, found: Session, path: Path) -> None:
+        talk = self._talk
+        if found.config != self._config:
+            terminal.note(
+                f"note: {path} was had with {found.model}, another model; {self._model} goes on"
+            )
+        for name in (*settings.RANGES, "thinking"):
+            setattr(talk.options, name, found.settings.get(name))
+        talk.options.system = found.system
+        talk.replace_messages(list(found.messages))
+        talk.draws = found.draws
+        system = ", a system message" if found.system else ""
+        chosen = ", ".join(f"{name} {value}" for name, value in found.settings.items())
+        terminal.note(f"({count(found.messages)} from {path}{system}{chosen and ', ' + chosen})")
+
+    def _now(self) -> Session:
+        talk = self._talk
+        return Session(
+            self._model,
+            self._config,
+            talk.options.system or None,
+            talk.messages,
+            settings.given(talk.options),
+            talk.draws,
+        )
+
+
+def _path(name: str) -> Path:
+    return Path(name).expanduser().absolute()

@@ -1,0 +1,70 @@
+"""One turn of a conversation: messages in, pieces shown as they come, the answer out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qwen3_tg.cli import terminal
+from qwen3_tg.cli.generate import reply, with_system
+from qwen3_tg.cli.tools import ChatTools, ToolPrinter
+from qwen3_tg.errors import ContextError, Qwen3Error
+from qwen3_tg.llm import LLM
+from qwen3_tg.reply import Piece
+from qwen3_tg.sampling import Sampling
+
+Message = dict[str, Any]
+
+
+def perform(
+    llm: LLM,
+    messages: list[Message],
+    sampling: Sampling,
+    options: argparse.Namespace,
+    printer: ToolPrinter,
+    tools: ChatTools,
+) -> list[Message]:
+    """These messages and what came of them: calls of tools with their results, and the answer,
+    which is what was answered before Ctrl-C. After an error, which is told, and where Ctrl-C came
+    before any of it, there is nothing new."""
+
+    def ask(messages: Sequence[Mapping[str, Any]], rounds: int) -> Iterator[Piece]:
+        again = replace(sampling, seed=(sampling.seed + rounds * 2**96) % 2**128)
+        return reply(llm, with_system(messages, options), again, options, tools.schemas)
+
+    turns = tools.answer(ask, messages)
+    stopped: list[Message] = []
+    try:
+        terminal.stream(turns, printer.show, llm)
+        if printer.reason == "context":
+            terminal.note("(/clear starts anew)")
+    except KeyboardInterrupt:
+        with _deaf_to_ctrl_c():  # pressed twice it stops the answer, too, and nothing else
+            printer.finish()
+            terminal.note("(stopped)")
+        stopped = [{"role": "assistant", "content": printer.text}] if printer.text else []
+    except ContextError as e:
+        terminal.note(f"error: {e}; /clear starts anew, /undo takes the last turn back")
+        return messages
+    except Qwen3Error as e:
+        printer.finish()
+        terminal.note(f"error: {e}")
+    return [*map(dict, turns.messages), *stopped]
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def content_of(message: Mapping[str, Any]) -> str:
+    """A message's text; none where it only calls tools."""
+    return message.get("content") or ""
