@@ -19,6 +19,7 @@ from qwen3_tg.errors import (
     ContextError,
     DeviceError,
     Qwen3Error,
+    UnfinishedError,
     UnsupportedError,
     UsageError,
 )
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from qwen3_tg.llm import LLM, load
     from qwen3_tg.reply import End, Text, Thinking, ToolCall
     from qwen3_tg.sampling import Sampling
+    from qwen3_tg.structured import Constraint
     from qwen3_tg.tokenizer import Tokenizer
+    from qwen3_tg.tool_loop import ToolLoop
+    from qwen3_tg.tools import Tool, ToolError, ToolResult
 
 __version__ = "0.1.0"
 
@@ -42,12 +46,18 @@ _HOME = {
     "Text": "reply",
     "ToolCall": "reply",
     "End": "reply",
+    "Constraint": "structured",
+    "Tool": "tools",
+    "ToolError": "tools",
+    "ToolResult": "tools",
+    "ToolLoop": "tool_loop",
 }
 
 __all__ = [
     "LLM",
     "ChatError",
     "CheckpointError",
+    "Constraint",
     "ContextError",
     "DeviceError",
     "End",
@@ -57,7 +67,12 @@ __all__ = [
     "Text",
     "Thinking",
     "Tokenizer",
+    "Tool",
     "ToolCall",
+    "ToolError",
+    "ToolLoop",
+    "ToolResult",
+    "UnfinishedError",
     "UnsupportedError",
     "UsageError",
     "load",

@@ -32,6 +32,10 @@ class ChatError(Qwen3Error):
     """The messages cannot be rendered with the checkpoint's chat template."""
 
 
+class UnfinishedError(Qwen3Error):
+    """The answer is not of the form that was asked for, because it was cut or cannot be made."""
+
+
 def check_count(name: str, value: int | None, least: int) -> None:
     """Raises UsageError for what is neither None nor an integer from `least` on."""
     if value is not None and (not isinstance(value, Integral) or value < least):

@@ -220,8 +220,9 @@ OnStep = Callable[[Step], None]
 class Generation(Iterator[int]):
     """The ids that follow `prompt`, one by one. Also says, while running and after: `stop_reason`
     (None until the end; then "stop", "length" or "context"), `stop_id`, counts, and seconds.
-    `sampling` may be changed on the way; `on_step` is told of each id that is drawn. `speculation`
-    makes it faster, where it does."""
+    `sampling` may be changed on the way, and `allow`, which is called with the ids since the prompt
+    and gives the mask of those that may come next, (V,) bool, or None for all. `on_step` is told of
+    each id that is drawn. `speculation` makes it faster, where it does."""
 
     def __init__(
         self,
@@ -246,6 +247,12 @@ class Generation(Iterator[int]):
         self.stop_reason: str | None = None
         self.stop_id: int | None = None
         self.on_step: OnStep | None = None
+        self.allow: Callable[[Sequence[int]], np.ndarray | None] | None = None
+
+    @property
+    def new_ids(self) -> list[int]:
+        """The ids since the prompt."""
+        return self._ids[self.prompt_tokens :]
 
     def __next__(self) -> int:
         if self.stop_reason is None:
@@ -257,11 +264,12 @@ class Generation(Iterator[int]):
             raise StopIteration
         began = time.perf_counter()
         logits = self._logits()
-        id = self._choose(logits)
+        allowed = self.allow(self.new_ids) if self.allow else None
+        id = sample(logits, self.sampling, self.new_tokens, self._seen, allowed)
         if self.speculation:
             self.speculation.took(id)
         if self.on_step:
-            how = self.sampling, self._seen, self._ids
+            how = self.sampling, self._seen, self._ids, allowed
             self.on_step(Step(self.new_tokens, id, logits, *how))
         if self.new_tokens == 0:
             self.first_token_s = time.perf_counter() - began

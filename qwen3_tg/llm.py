@@ -32,9 +32,14 @@ from qwen3_tg.sampling import Sampling
 from qwen3_tg.shards import split_axis
 from qwen3_tg.speculate import Draft, Lookup, Speculation, check_vocabulary
 from qwen3_tg.stop_strings import StopStrings
+from qwen3_tg.structured import Allowed, Constraint, vocabulary
 from qwen3_tg.tokenizer import Tokenizer
+from qwen3_tg.tool_loop import ToolLoop
+from qwen3_tg.tools import Tool, Toolbox, schemas_of
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from qwen3_tg.generate import Engine, Generation, OnStep
     from qwen3_tg.loop_guard import LoopGuard, OnNotice
 
@@ -45,7 +50,8 @@ BUDGET_SPENT = (
     f"thinking directly now.\n{END_THINK}\n\n"
 )
 
-Tools = Sequence[Mapping[str, Any]]
+# As JSON schemas, or as Python functions whose schema is read from signature and docstring.
+Tools = Sequence[Mapping[str, Any] | Callable[..., Any] | Tool]
 
 # Added to a seed for another draw, it is far from any other seed that a user gives.
 ANOTHER_SEED = 2**64
@@ -235,7 +241,9 @@ class LLM:
     ) -> str:
         """The text of a conversation, by the checkpoint's own template. Raises ChatError."""
         names = dict(self.checkpoint.special_tokens) | template_kwargs
-        return self.chat_template.render(messages, tools, add_generation_prompt, **names)
+        return self.chat_template.render(
+            messages, schemas_of(tools), add_generation_prompt, **names
+        )
 
     def fit(
         self,
@@ -249,9 +257,10 @@ class LLM:
 
         Raises ContextError where the system message and the last turn alone are too long."""
         check_messages(messages)
+        schemas = schemas_of(tools)
 
         def count(some: Sequence[Message]) -> int:
-            return len(self._encode(some, tools, thinking, False, {})[1])
+            return len(self._encode(some, schemas, thinking, False, {})[1])
 
         return fit(messages, count, self.context, room)
 
@@ -295,11 +304,13 @@ class LLM:
         on_step: OnStep | None = None,
         loop_guard: bool = True,
         on_notice: OnNotice | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """Continue a text as it is, without a template; special tokens in it act as such.
 
         Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
-        it ended, `on_step` how each token was chosen, `on_notice` what the loop guard did."""
+        it ended, `on_step` how each token was chosen, `on_notice` what the loop guard did. With a
+        `constraint` all that is new has its form, or UnfinishedError is raised."""
         from qwen3_tg.loop_guard import STOP, LoopGuard
 
         if not prompt:
@@ -310,7 +321,7 @@ class LLM:
             tokenizer.encode(prompt), max_new_tokens, sampling or self.default_sampling()
         )
         generation.on_step = on_step
-
+        allowed = self._allow(generation, constraint, stop, None)
         guard = LoopGuard(generation, on_notice) if loop_guard else None
 
         def stream() -> Iterator[str]:
@@ -327,6 +338,8 @@ class LLM:
                     yield text
             if on_end:
                 on_end(_end(generation, strings.found, thinking_tokens=0))
+            if allowed:
+                allowed.finish(generation.new_ids, generation.stop_reason or "")
 
         return stream()
 
@@ -344,6 +357,7 @@ class LLM:
         on_step: OnStep | None = None,
         loop_guard: bool = True,
         on_notice: OnNotice | None = None,
+        constraint: Constraint | None = None,
         **template_kwargs: Any,
     ) -> Iterator[Piece]:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
@@ -353,11 +367,14 @@ class LLM:
         `stop` strings end the answer. `allow_special` lets special tokens in the messages act.
         `on_step` is told how each token was chosen. A reply that repeats itself without end is
         helped out of it, or ended, unless `loop_guard` is False; `on_notice` is told what was done.
-        """
+        `tools` are not run, only told to the model; `chat_with_tools` runs them. With a
+        `constraint` the answer, after the thinking, has its form, or UnfinishedError is raised
+        after End; it goes with neither tools nor stop strings, which would end it otherwise."""
         from qwen3_tg.loop_guard import LoopGuard
 
         check_messages(messages)
-        check_tools(tools)
+        schemas = schemas_of(tools)
+        check_tools(schemas)
         if not isinstance(thinking, bool):
             raise UsageError(f"thinking must be True or False, found {thinking!r}")
         if unknown := set(template_kwargs) - self.chat_template.variables - {"enable_thinking"}:
@@ -367,7 +384,7 @@ class LLM:
             )
         check_count("thinking_budget", thinking_budget, least=0)
         check_count("max_new_tokens", max_new_tokens, least=1)
-        text, ids = self._encode(messages, tools, thinking, allow_special, template_kwargs)
+        text, ids = self._encode(messages, schemas, thinking, allow_special, template_kwargs)
         if not ids:
             raise ChatError(f"{self.checkpoint.path}: the chat template renders to nothing")
         in_thinking = text.rstrip("\n").endswith(THINK)
@@ -376,20 +393,49 @@ class LLM:
         sampling = sampling or self.default_sampling(thinking=thinking)
         generation = self.generate_ids(ids, None, sampling)
         generation.on_step = on_step
+        may_think = thinking and self.can_choose_to_think
+        allowed = self._allow(generation, constraint, stop, schemas, in_thinking, may_think)
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
         guard = LoopGuard(generation, on_notice) if loop_guard else None
-        return self._reply(generation, parser, strings, guard, thinking_budget, max_new_tokens)
+        most = thinking_budget, max_new_tokens
+        return self._reply(generation, parser, strings, guard, *most, allowed)
+
+    def chat_with_tools(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Callable[..., Any] | Tool],
+        thinking: bool = True,
+        *,
+        sampling: Sampling | None = None,
+        max_rounds: int = 10,
+        **options: Any,
+    ) -> ToolLoop:
+        """Let the model call these functions until it answers: the pieces of all its turns, and the
+        results of its calls. The loop's `messages` are the conversation with all of that.
+
+        `options` are those of `chat`, for every turn. What goes wrong in a call is told to the
+        model as its result. Raises ChatError where it calls in more than `max_rounds` turns."""
+        toolbox = Toolbox(tools)
+        chosen = sampling or self.default_sampling(thinking=thinking)
+
+        def ask(messages: Sequence[Message], rounds: int) -> Iterator[Piece]:
+            # other random numbers for each turn, far from those of any other seed a user gives
+            seed = (chosen.seed + rounds * 2**96) % 2**128
+            again = replace(chosen, seed=seed)
+            return self.chat(messages, toolbox.schemas, thinking, sampling=again, **options)
+
+        return ToolLoop(ask, messages, toolbox, max_rounds)
 
     def _encode(
         self,
         messages: Sequence[Message],
-        tools: Tools | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         thinking: bool,
         allow_special: bool,
         template_kwargs: Mapping[str, Any],
     ) -> tuple[str, list[int]]:
-        def render(messages: Sequence[Message], tools: Tools | None) -> str:
+        def render(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
             options = {"add_generation_prompt": True, "enable_thinking": thinking}
             return self.render(messages, tools, **(options | dict(template_kwargs)))
 
@@ -407,6 +453,7 @@ class LLM:
         guard: LoopGuard | None,
         thinking_budget: int | None,
         max_new_tokens: int | None,
+        allowed: Allowed | None,
     ) -> Iterator[Piece]:
         tokenizer = self._need_tokenizer()
         decoder = tokenizer.stream()
@@ -437,6 +484,8 @@ class LLM:
             id = next(generation, None)
             if id is None:
                 break
+            if allowed and allowed.answering:
+                parser.take_text()
             yield from cut(parser.push(decoder.push(id)))
             if parser.thinking or was_thinking:
                 thought += was_thinking and parser.thinking
@@ -453,6 +502,34 @@ class LLM:
             if held := strings.flush():
                 yield Text(held)
         yield _end(generation, strings.found, thought, not_answer)
+        if allowed:
+            allowed.finish(generation.new_ids, generation.stop_reason or "")
+
+    def _allow(
+        self,
+        generation: Generation,
+        constraint: Constraint | None,
+        stop: Sequence[str],
+        tools: Tools | None,
+        opened: bool = False,
+        may_think: bool = False,
+    ) -> Allowed | None:
+        """Let the constraint, if there is one, choose what this generation may take."""
+        if constraint is None:
+            return None
+        if stop or tools:
+            raise UsageError(
+                "a constraint goes with neither tools nor stop strings: a call or a cut answer "
+                "would not have its form"
+            )
+        tokenizer, stop_ids = self._need_tokenizer(), self.stop_ids
+        allowed = Allowed(constraint, self._vocabulary, tokenizer, stop_ids, opened, may_think)
+        generation.allow = allowed
+        return allowed
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        return vocabulary(self._need_tokenizer(), self.config.vocab_size, self.stop_ids)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

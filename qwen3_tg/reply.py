@@ -76,6 +76,10 @@ class ReplyParser:
     def thinking(self) -> bool:
         return self._state == "thinking"
 
+    def take_text(self) -> None:
+        """All that is still to come is the answer as it is, and nothing in it a tag."""
+        self._state, self._tools, self._trim = "text", False, False
+
     def push(self, text: str) -> list[Piece]:
         self._buffer += text
         pieces: list[Piece] = []

@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPECTED = {
     "chat.py": ["> What is 37 + 85?", "= 122 ", "= 134 "],
-    "tools.py": ["calculator('123 * 45') = 5535", "5535"],
+    "tools.py": ["calculator('123 * 45') = 5535\n5535\n", "'role': 'tool'"],
     "step_by_step.py": ["<|im_start|>assistant", "<think>"],
     "against_numpy.py": [
         "CPU: max abs error",

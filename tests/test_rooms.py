@@ -23,11 +23,13 @@ FLOORS = [
         "dequantise",
         "hub",
         "pace",
+        "json_schema",
+        "tool_schema",
     ],
     ["config", "tokenizer", "reply", "device"],
     ["speculate"],
-    ["checkpoint", "chat", "pull", "quantize"],
-    ["overflow"],
+    ["checkpoint", "chat", "pull", "quantize", "tools", "structured"],
+    ["overflow", "tool_loop"],
     ["shards", "placement"],
     ["linear", "rope", "kv_cache", "kv_sizes", "tuning"],
     ["model", "plan"],
@@ -44,7 +46,7 @@ FLOORS = [
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
 WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "shards", "plan"]
-WITHOUT_TINYGRAD += ["pace", "speculate"]
+WITHOUT_TINYGRAD += ["pace", "speculate", "tools", "tool_loop", "structured"]
 
 
 def imports(path: Path) -> set[str]:

@@ -144,6 +144,8 @@ def _parser(command: str | None) -> _Parser:
         )
     _add_run(parser)
     _add_generation(parser)
+    if command == "chat":
+        _add_chat_tools(parser)
     return parser
 
 
@@ -254,10 +256,55 @@ def _add_generation(parser: _Parser) -> None:
         action="store_true",
         help="let special tokens such as <|im_end|> in your text act as such",
     )
+    reply.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="a JSON list of functions that the model may call; its calls are printed as JSON, and "
+        'in a chat answered, by the "command" of a function or by you',
+    )
+
+    parser.set_defaults(constraint=None)  # what one of these says, once it was read
+    form = reply.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema", metavar="FILE", help="answer with JSON that satisfies this schema"
+    )
+    form.add_argument("--regex", metavar="RE", help="answer with a match of all of RE")
+    form.add_argument(
+        "--grammar", metavar="FILE", help="answer as this grammar says, in Lark's syntax"
+    )
+
+
+def _add_chat_tools(parser: _Parser) -> None:
+    tools = parser.add_argument_group("the commands in --tools FILE")
+    tools.add_argument("--yes-tools", action="store_true", help="run them without asking")
+    tools.add_argument(
+        "--tool-timeout", type=float, default=30, metavar="S", help="seconds that one may run (30)"
+    )
+    tools.add_argument(
+        "--tool-output",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="bytes of what one prints that the model is given (16384)",
+    )
+    tools.add_argument(
+        "--tool-rounds",
+        type=int,
+        default=10,
+        metavar="N",
+        help="rounds of calls before it must answer (10)",
+    )
 
 
 def _add_chat(parser: _Parser) -> None:
     talk = parser.add_argument_group("the conversation (/help lists its commands)")
+    talk.add_argument(
+        "--overflow",
+        choices=("error", "shift"),
+        default="error",
+        help="when the conversation no longer fits in the context: say so, or leave out its oldest "
+        "turns, but not the system message",
+    )
     talk.add_argument(
         "--session", metavar="FILE", help="go on with it if it is there; keep it after every turn"
     )

@@ -14,6 +14,8 @@ from qwen3_tg.cli.commands import Commands, Leave
 from qwen3_tg.cli.conversation import Conversation
 from qwen3_tg.cli.generate import check_sampling, choose_sampling, load_model
 from qwen3_tg.cli.keep import Keeper
+from qwen3_tg.cli.structured import read_constraint
+from qwen3_tg.cli.tools import chat_tools
 from qwen3_tg.errors import UsageError
 from qwen3_tg.llm import BUDGET_SPENT, LLM
 from qwen3_tg.reply import END_THINK
@@ -22,6 +24,8 @@ from qwen3_tg.reply import END_THINK
 def chat(options: argparse.Namespace) -> None:
     """Load the model and talk until the input ends."""
     check_sampling(options)
+    options.constraint = read_constraint(options)
+    tools = chat_tools(options)
     if options.session and Path(options.session).expanduser().exists():
         session.read(Path(options.session).expanduser())  # refused before the model is loaded
     llm = load_model(options)
@@ -37,7 +41,7 @@ def chat(options: argparse.Namespace) -> None:
 
         return ScreenPrinter(seed, now.verbose, _counter(llm), now.full_thinking)
 
-    conversation = Conversation(llm, options, printer)
+    conversation = Conversation(llm, options, printer, tools)
     keeper = Keeper(conversation, options.model)
     if sys.stdin.isatty():
         terminal.note(f"{options.model} on {llm.policy.device}; /help for help, Ctrl-D to leave")

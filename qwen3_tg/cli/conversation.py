@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from qwen3_tg.chat import encode_chat
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.generate import sampling_of, with_system
+from qwen3_tg.cli.tools import NO_TOOLS, ChatTools, ToolPrinter
 from qwen3_tg.cli.turn import Message, content_of, perform
-from qwen3_tg.errors import ChatError
+from qwen3_tg.errors import ChatError, ContextError
 from qwen3_tg.llm import ANOTHER_SEED, LLM
 from qwen3_tg.reply import End
 
@@ -42,7 +43,9 @@ class Conversation:
         llm: LLM,
         options: argparse.Namespace,
         printer: Callable[[int], terminal.ReplyPrinter],
+        tools: ChatTools = NO_TOOLS,
     ):
+        self._tools = tools
         self.llm, self.options, self._printer = llm, argparse.Namespace(**vars(options)), printer
         self.messages: list[Message] = []
         self.files: dict[str, str] = {}  # texts of files, by name, that go into the next message
@@ -113,24 +116,41 @@ class Conversation:
         messages = with_system(self.messages, self.options)
         if not messages or self.llm.tokenizer is None:
             return 0
-        return len(encode_chat(self.llm.render, self.llm.tokenizer, messages, None)[1])
+        schemas = self._tools.schemas
+        return len(encode_chat(self.llm.render, self.llm.tokenizer, messages, schemas)[1])
 
     def _answer(self, question: Question) -> bool:
         self._question = question
         messages = [*question.before, {"role": "user", "content": question.content}]
-        printer = self._printer(self.seed)
+        if self.options.overflow == "shift":
+            try:
+                messages = self._fitting(messages)
+            except ContextError as e:
+                terminal.note(f"error: {e}")
+                return False
+        printer = ToolPrinter(lambda: self._printer(self.seed))
         # each turn draws other random numbers, far from those of any other seed a user gives
         seed = (self.seed + self.draws * ANOTHER_SEED) % 2**128
         self.draws += 1
         sampling = replace(sampling_of(self.options, self.llm), seed=seed)
-        sent = with_system(messages, self.options)
-        answer = perform(self.llm, sent, sampling, self.options, printer)
+        said = perform(self.llm, messages, sampling, self.options, printer, self._tools)
         self.thinking = printer.thinking
-        self.ends += [printer.end] if printer.end else []
-        if answer is None:
+        self.ends += printer.ends
+        if len(said) == len(messages):
             return False
-        self.messages, self._dropped = [*messages, answer], None
+        self.messages, self._dropped = said, None
         return True
+
+    def _fitting(self, messages: list[Message]) -> list[Message]:
+        """Without the oldest turns where they no longer fit, which is told."""
+        limits = self.options.thinking_budget, self.options.max_new_tokens
+        room = None if None in limits else sum(limits)
+        sent = with_system(messages, self.options)
+        kept, dropped = self.llm.fit(sent, self._tools.schemas, self.thinks, room)
+        if dropped:
+            turns = "the oldest turn is" if dropped == 1 else f"the oldest {dropped} turns are"
+            terminal.note(f"(the context is full: {turns} left out)")
+        return [dict(message) for message in kept if message["role"] != "system"]
 
 
 def count(messages: list[Message]) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from qwen3_tg import usage
+from qwen3_tg.chat import Message
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.arguments import read_text
 from qwen3_tg.cli.explain import Explainer
-from qwen3_tg.errors import UsageError, check_count
+from qwen3_tg.cli.structured import read_constraint
+from qwen3_tg.cli.tool_files import read_tools
+from qwen3_tg.errors import UnfinishedError, UsageError, check_count
 from qwen3_tg.generate import OnStep, Step
 from qwen3_tg.llm import ANOTHER_SEED, LLM, load
 from qwen3_tg.loop_guard import OnNotice
@@ -26,12 +29,14 @@ from qwen3_tg.sampling import Sampling
 def generate(options: argparse.Namespace) -> None:
     """Answer the prompt, or with --raw continue it."""
     if options.raw:
-        for name in ("system", "thinking", "thinking_budget", "allow_special"):
+        for name in ("system", "thinking", "thinking_budget", "allow_special", "tools"):
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning with --raw")
     check_sampling(options)
     if options.record:
         _check_record(Path(options.record), options.n)
+    options.constraint = read_constraint(options)
+    tools = [tool.schema for tool in read_tools(options.tools)] if options.tools else None
     prompt = read_text(options.prompt, keep_end=options.raw)
     if not prompt.strip():
         raise UsageError('the prompt is empty: qwen3 "a question", or qwen3 chat to talk')
@@ -45,7 +50,7 @@ def generate(options: argparse.Namespace) -> None:
         seed = (sampling.seed + number * ANOTHER_SEED) % 2**128
         if options.n > 1:
             terminal.note(f"answer {number + 1} of {options.n}, seed {seed}")
-        _answer(llm, prompt, replace(sampling, seed=seed), options)
+        _answer(llm, prompt, replace(sampling, seed=seed), options, tools)
     if options.verbose:
         terminal.note(usage.used_report(llm))
 
@@ -57,7 +62,13 @@ def _check_record(path: Path, answers: int) -> None:
         raise UsageError(f"--record: {path} cannot be written")
 
 
-def _answer(llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespace) -> None:
+def _answer(
+    llm: LLM,
+    prompt: str,
+    sampling: Sampling,
+    options: argparse.Namespace,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> None:
     recording = Recording.of(llm, options.model, sampling) if options.record else None
     explainer = Explainer(llm.tokenizer) if options.explain else None
     watchers = [watch for watch in (recording, explainer) if watch]
@@ -70,7 +81,7 @@ def _answer(llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespa
         pieces = _continue(llm, prompt, sampling, options, on_step)
     else:
         messages = with_system([{"role": "user", "content": prompt}], options)
-        pieces = reply(llm, messages, sampling, options, on_step)
+        pieces = reply(llm, messages, sampling, options, tools, on_step)
     printer = terminal.ReplyPrinter(sampling.seed, options.verbose)
     try:
         terminal.stream(pieces, printer.show, llm)
@@ -138,23 +149,23 @@ def sampling_of(options: argparse.Namespace, llm: LLM) -> Sampling:
     return replace(llm.default_sampling(thinking=thinking), **_given(options))
 
 
-def with_system(
-    messages: list[dict[str, Any]], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": options.system}] * bool(options.system) + messages
+def with_system(messages: Sequence[Message], options: argparse.Namespace) -> list[Message]:
+    return [{"role": "system", "content": options.system}] * bool(options.system) + [*messages]
 
 
 def reply(
     llm: LLM,
-    messages: list[dict[str, Any]],
+    messages: Sequence[Message],
     sampling: Sampling,
     options: argparse.Namespace,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     on_step: OnStep | None = None,
     on_notice: OnNotice = terminal.notice,
 ) -> Iterator[Piece]:
     """The model's turn, as the options say."""
     return llm.chat(
         messages,
+        tools=tools,
         thinking=options.thinking != "off",
         thinking_budget=options.thinking_budget,
         max_new_tokens=options.max_new_tokens,
@@ -164,6 +175,7 @@ def reply(
         on_step=on_step,
         loop_guard=options.loop_guard,
         on_notice=on_notice,
+        constraint=options.constraint,
     )
 
 
@@ -173,10 +185,14 @@ def _continue(
     ends: list[End] = []
     how = options.max_new_tokens, sampling, options.stop
     guard = options.loop_guard, terminal.notice
-    texts = llm.generate(prompt, *how, ends.append, on_step, *guard)
+    texts = llm.generate(prompt, *how, ends.append, on_step, *guard, options.constraint)
 
     def pieces() -> Iterator[Piece]:
-        yield from map(Text, texts)
+        try:
+            yield from map(Text, texts)
+        except UnfinishedError:  # an answer that is not of the form asked for has an end, too
+            yield from ends
+            raise
         yield from ends
 
     return pieces()

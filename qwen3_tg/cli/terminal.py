@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from qwen3_tg.device import Policy
 from qwen3_tg.llm import LLM
 from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
 
+_Shown = TypeVar("_Shown")
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 # What a model writes can be anything, and a terminal obeys control characters: none but tab and
 # line break reach it.
@@ -49,6 +50,8 @@ class ReplyPrinter:
         else:
             self._end_thinking()
             text = piece.text if isinstance(piece, Text) else _call(piece)
+            if not isinstance(piece, Text) and self.text and not self.text.endswith("\n"):
+                text = "\n" + text  # a call has a line of its own
             self._is_answering = True
             self.text += text
             self.show_text(text)
@@ -84,7 +87,7 @@ class ReplyPrinter:
 
 
 def _call(piece: ToolCall) -> str:
-    return json.dumps({"name": piece.name, "arguments": piece.arguments})
+    return json.dumps({"name": piece.name, "arguments": piece.arguments}) + "\n"
 
 
 def note(text: str) -> None:
@@ -116,8 +119,12 @@ def note_end(end: End, seed: int, verbose: bool) -> None:
         note("(cut off: the context is full)")
     elif end.reason == "loop":
         note("(cut off: it repeats itself; --no-loop-guard lets it)")
-    if verbose:
-        note(f"{counts(end)}; ended by {end.reason}; seed {seed}")
+    if not verbose:
+        return
+    note(f"{counts(end)}; ended by {end.reason}; seed {seed}")
+    if end.guessed_tokens:
+        gain = f"; {end.gain:.2f} times as fast as without" if end.gain else ""
+        note(f"guesses: {end.right_guesses} of {end.guessed_tokens} tokens right{gain}")
 
 
 def counts(end: End) -> str:
@@ -128,9 +135,6 @@ def counts(end: End) -> str:
         f"prompt {end.prompt_tokens} tokens, thinking {end.thinking_tokens}, "
         f"answer {end.answer_tokens}; first token after {end.first_token_s:.2f} s{speed}"
     )
-    if end.guessed_tokens:
-        gain = f"; {end.gain:.2f} times as fast as without" if end.gain else ""
-        note(f"guesses: {end.right_guesses} of {end.guessed_tokens} tokens right{gain}")
 
 
 def speed(end: End) -> str:
@@ -178,7 +182,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: status.update(f"{what}, {done} of {total}")
 
 
-def stream(pieces: Iterator[Piece], show: Callable[[Piece], None], llm: LLM) -> None:
+def stream(pieces: Iterator[_Shown], show: Callable[[_Shown], None], llm: LLM) -> None:
     """Show all pieces; on a terminal a sign of life stands there until the first one."""
     with _waiting(llm):
         first = next(pieces, None)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qwen3_tg.cli import terminal
-from qwen3_tg.cli.generate import reply
+from qwen3_tg.cli.generate import reply, with_system
+from qwen3_tg.cli.tools import ChatTools, ToolPrinter
 from qwen3_tg.errors import ContextError, Qwen3Error
 from qwen3_tg.llm import LLM
+from qwen3_tg.reply import Piece
 from qwen3_tg.sampling import Sampling
 
 Message = dict[str, Any]
@@ -22,27 +25,36 @@ def perform(
     messages: list[Message],
     sampling: Sampling,
     options: argparse.Namespace,
-    printer: terminal.ReplyPrinter,
-) -> Message | None:
-    """The model's message after these; None where there is none, after an error, which is told, or
-    where Ctrl-C came before the answer. What was answered before Ctrl-C is the answer."""
+    printer: ToolPrinter,
+    tools: ChatTools,
+) -> list[Message]:
+    """These messages and what came of them: calls of tools with their results, and the answer,
+    which is what was answered before Ctrl-C. After an error, which is told, and where Ctrl-C came
+    before any of it, there is nothing new."""
+
+    def ask(messages: Sequence[Mapping[str, Any]], rounds: int) -> Iterator[Piece]:
+        again = replace(sampling, seed=(sampling.seed + rounds * 2**96) % 2**128)
+        sent = with_system(messages, options)
+        return reply(llm, sent, again, options, tools.schemas, on_notice=printer.notice)
+
+    turns = tools.answer(ask, messages)
+    stopped: list[Message] = []
     try:
-        pieces = reply(llm, messages, sampling, options, on_notice=printer.notice)
-        terminal.stream(pieces, printer.show, llm)
+        terminal.stream(turns, printer.show, llm)
         if printer.reason == "context":
             terminal.note("(/clear starts anew)")
     except KeyboardInterrupt:
         with _deaf_to_ctrl_c():  # pressed twice it stops the answer, too, and nothing else
             printer.finish()
             terminal.note("(stopped)")
+        stopped = [{"role": "assistant", "content": printer.text}] if printer.text else []
     except ContextError as e:
         terminal.note(f"error: {e}; /clear starts anew, /undo takes the last turn back")
-        return None
+        return messages
     except Qwen3Error as e:
         printer.finish()
         terminal.note(f"error: {e}")
-        return None
-    return {"role": "assistant", "content": printer.text} if printer.text else None
+    return [*map(dict, turns.messages), *stopped]
 
 
 @contextlib.contextmanager

@@ -568,4 +568,4 @@ class TestTerminal:
         printer.show(ToolCall("f", {"x": 1}))
         printer.finish()
         assert err.getvalue() == "\x1b[2mhm\x1b[0m\n\n"
-        assert out.getvalue() == 'a\ufffd[2Jb\ufffd\n\tc{"name": "f", "arguments": {"x": 1}}\n'
+        assert out.getvalue() == 'a\ufffd[2Jb\ufffd\n\tc\n{"name": "f", "arguments": {"x": 1}}\n'
