@@ -212,6 +212,7 @@ def _add_generation(parser: _Parser) -> None:
         'in a chat answered, by the "command" of a function or by you',
     )
 
+    parser.set_defaults(constraint=None)  # what one of these says, once it was read
     form = reply.add_mutually_exclusive_group()
     form.add_argument(
         "--json-schema", metavar="FILE", help="answer with JSON that satisfies this schema"
