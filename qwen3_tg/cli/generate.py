@@ -102,7 +102,7 @@ def reply(
     """The model's turn, as the options say."""
     return llm.chat(
         messages,
-        tools,
+        tools=tools,
         thinking=options.thinking != "off",
         thinking_budget=options.thinking_budget,
         max_new_tokens=options.max_new_tokens,
