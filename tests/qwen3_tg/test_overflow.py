@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import qwen3_tg
 from qwen3_tg import ContextError
 from qwen3_tg.chat import Message
+from qwen3_tg.cli import main
 from qwen3_tg.overflow import fit, split_turns
 
 SYSTEM = {"role": "system", "content": "s" * 10}
@@ -91,3 +93,21 @@ def test_a_model_answers_what_was_left_of_a_long_conversation() -> None:
     assert llm.fit(kept, room=50) == (kept, 0)
     how: dict[str, Any] = {"thinking": False}
     assert llm.fit(messages[-1:], **how) == (messages[-1:], 0)
+
+
+@pytest.mark.parametrize("overflow", ["error", "shift"])
+def test_a_long_talk_ends_with_an_error_or_goes_on_without_its_oldest_turns(
+    overflow: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = b"What is 37 + 85?\n" * 8
+    stdin = io.TextIOWrapper(io.BytesIO(questions), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    limits = ["--context", "160", "--thinking-budget", "30", "--max-new-tokens", "10"]
+    assert main(["chat", *limits, "--overflow", overflow]) == 0
+    out, err = capsys.readouterr()
+    if overflow == "shift":
+        assert out == "122\n" * 8
+        assert "(the context is full: the oldest " in err and "error" not in err
+    else:
+        assert 0 < out.count("122\n") < 8
+        assert "left out" not in err and "context" in err
