@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.markdown import MarkdownStream
 from qwen3_tg.cli.region import Region
+from qwen3_tg.reply import Piece
 
 _THINKING_ROWS = 10  # shown of thinking while it streams; as many as half of the terminal has
 
@@ -27,6 +31,10 @@ class ScreenPrinter(terminal.ReplyPrinter):
         self._notices: list[str] = []
         self._tail = ""  # of the thinking, from the start of a line on the screen
         self._began, self._next_look = 0.0, 0.0
+
+    def show(self, piece: Piece) -> None:
+        with _ctrl_c_later():  # in the middle of rendering it would lose lines
+            super().show(piece)
 
     def notice(self, text: str) -> None:
         self._notices.append(text)  # told once no line of the reply is rewritten any more
@@ -80,3 +88,21 @@ class ScreenPrinter(terminal.ReplyPrinter):
 
     def _show_answer(self, finished: bool = False) -> None:
         self._answer.update(*self._markdown.lines(self._answer.size().columns, finished))
+
+
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C takes effect when this ends."""
+    came = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -280,6 +282,23 @@ class TestScreenPrinter:
         printer.finish()
         printer.finish()
         assert screen.lines() == ["one two", "(it repeats itself)", ""]
+
+    def test_ctrl_c_while_it_renders_waits_until_all_is_shown(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        screen = take_the_streams(monkeypatch)
+        lines = MarkdownStream.lines
+
+        def interrupted(self: MarkdownStream, columns: int, finished: bool = False) -> Any:
+            found = lines(self, columns, finished)
+            signal.raise_signal(signal.SIGINT)
+            return found
+
+        printer = ScreenPrinter(0, False, lambda text: 1)
+        monkeypatch.setattr(MarkdownStream, "lines", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            printer.show(Text("one\n\ntwo"))
+        assert screen.lines() == ["one", "", "two"] and printer.text == "one\n\ntwo"
 
     def test_notes_are_wrapped_between_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
         screen = take_the_streams(monkeypatch)

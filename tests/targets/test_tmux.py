@@ -117,7 +117,8 @@ def test_thinking_folds_and_the_answer_stays(tmux: Tmux) -> None:
     tmux.type("/thinking full")
     tmux.type("now add 12")
     lines = tmux.wait("71 tokens of context")
-    assert lines[-6:-2] == ["1+0=1", "134", "", "134"]
+    end = next(n for n, line in enumerate(lines) if "71 tokens of context" in line)
+    assert lines[end - 4 : end] == ["1+0=1", "134", "", "134"]
     tmux.keys("C-d")
     assert tmux.wait("left 0")
 
