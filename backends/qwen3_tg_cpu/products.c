@@ -207,7 +207,7 @@ static void columns(const Matrix *m, i64 o0, i64 k0, i64 n, float *out) {
     else columns_GPTQ(m, o0, k0, n, out);
 }
 
-// y = outputs o0 ... o0+n-1 for one position or FEW; o0 is a multiple of PANEL.
+// y = outputs o0 ... o0+n-1 for 1, 2 or FEW positions; o0 is a multiple of PANEL.
 ALWAYS void each_position(const int positions, const Matrix *m, i64 o0, i64 n, const Activations *a,
                           float *y, i64 ldy) {
     const u8 *w = m->data[0] + o0 * m->row_bytes;
@@ -255,9 +255,12 @@ static void one_position(const Matrix *m, i64 o0, i64 n, const Activations *a, f
     each_position(1, m, o0, n, a, y, 0);
 }
 
-// The same for several positions, to the last bit: y (FEW, ldy); `a` has FEW, of which any may repeat.
-static void few_positions(const Matrix *m, i64 o0, i64 n, const Activations *a, float *y, i64 ldy) {
-    each_position(FEW, m, o0, n, a, y, ldy);
+// The same for up to FEW positions, to the last bit: y (FEW, ldy). `a` has FEW, any after the last.
+static void few_positions(const Matrix *m, i64 o0, i64 n, i64 positions, const Activations *a, float *y,
+                          i64 ldy) {
+    if (positions == 1) one_position(m, o0, n, a, y);
+    else if (positions == 2) each_position(2, m, o0, n, a, y, ldy);
+    else each_position(FEW, m, o0, n, a, y, ldy);
 }
 
 // c (n, 8 wide) = or += x (n, K) times w (K, 8 wide); ld* are distances between rows, in floats.

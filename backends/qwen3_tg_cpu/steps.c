@@ -114,10 +114,8 @@ static void pieces_alike(const Matrix *m, const Matrix *up, i64 first, i64 rows,
         i64 left = positions - s < FEW ? positions - s : FEW;
         Activations some[FEW];
         for (i64 p = 0; p < FEW; p++) some[p] = a[s + (p < left ? p : 0)];
-        if (left == 1) one_position(m, first, n, some, sums[0]);
-        else few_positions(m, first, n, some, sums[0], ALIKE_ROWS);
-        if (up && left == 1) one_position(up, first, n, some, ups[0]);
-        else if (up) few_positions(up, first, n, some, ups[0], ALIKE_ROWS);
+        few_positions(m, first, n, left, some, sums[0], ALIKE_ROWS);
+        if (up) few_positions(up, first, n, left, some, ups[0], ALIKE_ROWS);
         for (i64 p = 0; p < left; p++)
             finish(to, position + s + p, output + first, n, sums[p], up ? ups[p] : 0);
     }
