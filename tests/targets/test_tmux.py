@@ -27,11 +27,13 @@ class Tmux:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._socket = str(folder / "tmux")
-        self._started = False
+        self._starts = 0
 
     def __call__(self, *words: str, text: str | None = None) -> str:
-        command = ["tmux", "-S", self._socket, "-f", "/dev/null", *words]
+        socket = str(
+            self._folder / f"tmux{self._starts}"
+        )  # one server may end while another starts
+        command = ["tmux", "-S", socket, "-f", "/dev/null", *words]
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -48,13 +50,13 @@ class Tmux:
         inside = shlex.join(
             ["env", "-u", "COLUMNS", "-u", "LINES", *names, sys.executable, *program, *options]
         )
+        self._starts += 1
         size = ["-x", str(columns), "-y", str(rows)]
         self("new-session", "-d", *size, f"cd {self._folder}; {inside}; echo left $?; sleep 600")
-        self._started = True
         self.wait_for(lambda: self.screen()[-1] == ">")
 
     def end(self) -> None:
-        if self._started:
+        if self._starts:
             self("kill-server")
 
     def keys(self, *keys: str) -> None:
@@ -172,9 +174,13 @@ def test_history_and_completion(tmux: Tmux) -> None:
     tmux.end()
     (tmux._folder / "notes.txt").write_text("a text")
     tmux.start(script=[[["text", "ok", 0]]])
-    time.sleep(0.5)  # the file is read in the background
-    tmux.keys("Up")
-    tmux.wait("> remember me")
+
+    def recalled() -> bool:
+        tmux.keys("Up")  # again, as the file is read in the background
+        time.sleep(0.2)
+        return tmux.screen()[-1] == "> remember me"
+
+    tmux.wait_for(recalled)
     tmux.keys("C-u")
     tmux("send-keys", "-l", "/rea")
     tmux.wait("put a text file into the next message")
