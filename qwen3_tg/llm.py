@@ -8,7 +8,6 @@ parser) stands around it.
 from __future__ import annotations
 
 import gc
-import hashlib
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,18 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen3_tg import compiler
 from qwen3_tg import device as devices
 from qwen3_tg.chat import ChatTemplate, Message, check_messages, check_tools, encode_chat
 from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import ChatError, CheckpointError, UsageError, check_count
-from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.overflow import fit
-from qwen3_tg.plan import ModelSize, load_factor, make_plan
-from qwen3_tg.reply import END_THINK, THINK, End, Piece, ReplyParser, Text
+from qwen3_tg.reply import THINK, End, Piece, ReplyParser
+from qwen3_tg.reply_loop import ReplyLoop
 from qwen3_tg.sampling import Sampling
-from qwen3_tg.shards import split_axis
 from qwen3_tg.speculate import Draft, Lookup, Speculation, check_vocabulary
 from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.structured import Allowed, Constraint, vocabulary
@@ -40,15 +36,8 @@ from qwen3_tg.tools import Tool, Toolbox, schemas_of
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-    from qwen3_tg.generate import Engine, Generation, OnStep
-    from qwen3_tg.loop_guard import LoopGuard, OnNotice
-
-# What Qwen advises to close the thinking with when its budget is spent (Qwen3 documentation,
-# "Thinking Budget").
-BUDGET_SPENT = (
-    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
-    f"thinking directly now.\n{END_THINK}\n\n"
-)
+    from qwen3_tg.generate import Generation, OnStep
+    from qwen3_tg.loop_guard import OnNotice
 
 # As JSON schemas, or as Python functions whose schema is read from signature and docstring.
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any] | Tool]
@@ -153,7 +142,9 @@ class LLM:
                 (self.config.vocab_size, draft.config.vocab_size),
                 (self.tokenizer, draft.tokenizer),
             )
-        self._engine, self.shared_bytes = _start_engine(checkpoint, policy, context, on_progress)
+        from qwen3_tg.start import start_engine
+
+        self._engine, self.shared_bytes = start_engine(checkpoint, policy, context, on_progress)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -311,7 +302,7 @@ class LLM:
         Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
         it ended, `on_step` how each token was chosen, `on_notice` what the loop guard did. With a
         `constraint` all that is new has its form, or UnfinishedError is raised."""
-        from qwen3_tg.loop_guard import STOP, LoopGuard
+        from qwen3_tg.loop_guard import LoopGuard
 
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
@@ -324,22 +315,13 @@ class LLM:
         allowed = self._allow(generation, constraint, stop, None)
         guard = LoopGuard(generation, on_notice) if loop_guard else None
 
+        loop = ReplyLoop(generation, tokenizer, strings, guard, allowed)
+
         def stream() -> Iterator[str]:
-            decoder = tokenizer.stream()
-            for id in generation:
-                if text := strings.push(decoder.push(id)):
-                    yield text
-                if strings.found:
-                    break
-                if guard and guard.push(id, thinking=False) == STOP:
-                    generation.stop_reason = "loop"
-            else:
-                if text := strings.push(decoder.flush()) + strings.flush():
-                    yield text
+            yield from loop.text()
             if on_end:
-                on_end(_end(generation, strings.found, thinking_tokens=0))
-            if allowed:
-                allowed.finish(generation.new_ids, generation.stop_reason or "")
+                on_end(loop.end())
+            loop.check_form()
 
         return stream()
 
@@ -398,8 +380,8 @@ class LLM:
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
         guard = LoopGuard(generation, on_notice) if loop_guard else None
-        most = thinking_budget, max_new_tokens
-        return self._reply(generation, parser, strings, guard, *most, allowed)
+        loop = ReplyLoop(generation, self._need_tokenizer(), strings, guard, allowed)
+        return loop.pieces(parser, thinking_budget, max_new_tokens)
 
     def chat_with_tools(
         self,
@@ -445,66 +427,6 @@ class LLM:
         text = render(messages, tools)
         return text, tokenizer.encode(text)
 
-    def _reply(
-        self,
-        generation: Generation,
-        parser: ReplyParser,
-        strings: StopStrings,
-        guard: LoopGuard | None,
-        thinking_budget: int | None,
-        max_new_tokens: int | None,
-        allowed: Allowed | None,
-    ) -> Iterator[Piece]:
-        tokenizer = self._need_tokenizer()
-        decoder = tokenizer.stream()
-        thought = 0  # tokens of thinking; its tags are not among them
-        not_answer = 0  # tokens before the answer
-
-        def cut(pieces: list[Piece]) -> Iterator[Piece]:
-            """Stop strings end the answer; they mean nothing in thinking and tool calls."""
-            for piece in pieces:
-                if not isinstance(piece, Text):
-                    if held := strings.flush():
-                        yield Text(held)
-                    yield piece
-                elif text := strings.push(piece.text):
-                    yield Text(text)
-                if strings.found:
-                    return
-
-        while True:
-            if parser.thinking and thinking_budget is not None and thought >= thinking_budget:
-                ids = generation.insert(tokenizer.encode(BUDGET_SPENT))
-                yield from cut(parser.push("".join(map(decoder.push, ids))))
-                not_answer = generation.new_tokens
-            generation.max_new_tokens = (
-                None if parser.thinking or max_new_tokens is None else not_answer + max_new_tokens
-            )
-            was_thinking = parser.thinking
-            id = next(generation, None)
-            if id is None:
-                break
-            if allowed and allowed.answering:
-                parser.take_text()
-            yield from cut(parser.push(decoder.push(id)))
-            if parser.thinking or was_thinking:
-                thought += was_thinking and parser.thinking
-                not_answer = generation.new_tokens
-            if strings.found:
-                break
-            advice = guard.push(id, parser.thinking) if guard else ""
-            if advice == "close":
-                thinking_budget = thought
-            elif advice == "stop":
-                generation.stop_reason = "loop"
-        if not strings.found:
-            yield from cut(parser.push(decoder.flush()) + parser.finish())
-            if held := strings.flush():
-                yield Text(held)
-        yield _end(generation, strings.found, thought, not_answer)
-        if allowed:
-            allowed.finish(generation.new_ids, generation.stop_reason or "")
-
     def _allow(
         self,
         generation: Generation,
@@ -538,66 +460,3 @@ class LLM:
                 "the same model (ids alone can be given to llm.generate_ids() and llm.logits())"
             )
         return self.tokenizer
-
-
-def _end(
-    generation: Generation, stop_string: bool, thinking_tokens: int, not_answer: int = 0
-) -> End:
-    speculation = generation.speculation
-    return End(
-        reason="stop_string" if stop_string else generation.stop_reason or "stop",
-        prompt_tokens=generation.prompt_tokens,
-        thinking_tokens=thinking_tokens,
-        answer_tokens=generation.new_tokens - not_answer,
-        first_token_s=generation.first_token_s,
-        later_tokens_s=generation.later_tokens_s,
-        guessed_tokens=speculation.guessed if speculation else 0,
-        right_guesses=speculation.right if speculation else 0,
-        gain=speculation.gain if speculation else None,
-    )
-
-
-def _start_engine(
-    checkpoint: Checkpoint,
-    policy: devices.Policy,
-    context: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[Engine, int]:
-    """Put the weights on the device, one at a time, and build the model around them. Also gives the
-    bytes of weights that are used where they lie."""
-    from qwen3_tg.forward import Fast, Lowered
-    from qwen3_tg.generate import Engine
-    from qwen3_tg.linear import DTYPES, to_device
-    from qwen3_tg.model import Qwen3
-    from qwen3_tg.placement import place
-    from qwen3_tg.rope import rope_table
-    from qwen3_tg.tuning import for_policy
-
-    # one file of kernels for each kind of model, so that none is loaded in vain
-    config, stored = checkpoint.config, checkpoint.weights
-    kinds = [(weight.format, *weight.params.items()) for weight in stored.values()]
-    how = (policy.device, policy.dtype, policy.kv_dtype, policy.prefill_chunk, policy.kernels)
-    tuning = for_policy(policy)
-    shape = hashlib.sha256(f"{config} {kinds} {how} {tuning.fingerprint}".encode()).hexdigest()[:16]
-    name = f"{compiler.fingerprint()}-{shape}"
-    programs = KernelCache(compiler.cache_dir(), name)
-    programs.load()
-
-    factor = load_factor(policy) or 1.0
-    plan = make_plan(ModelSize.of(config, stored, len(policy.devices)), policy, context, factor)
-    devices.check_memory(policy.device, plan.first_parts)
-    weights, done, shared = {}, 0, devices.shares_memory(policy)
-    total = sum(weight.device_bytes for weight in stored.values())
-    for weight_name, weight in stored.items():
-        axis = split_axis(weight_name, weight, len(policy.devices))
-        weights[weight_name] = to_device(weight, policy.device, policy.native, shared, axis)
-        done += weight.device_bytes
-        if on_progress:
-            on_progress(done, total)
-    table = rope_table(config, context + policy.prefill_chunk)
-    rope = place(table, policy.devices)
-    model = Qwen3(config, weights, rope, DTYPES[policy.dtype])
-    kernels = devices.own_kernels(policy)
-    forward = Fast(model, kernels) if kernels else Lowered(model)
-    used_there = sum(array.nbytes for weight in weights.values() for array in weight.shared)
-    return Engine(config, forward, policy, context, programs, tuning), used_there

@@ -17,8 +17,9 @@ from qwen3_tg.cli.keep import Keeper
 from qwen3_tg.cli.structured import read_constraint
 from qwen3_tg.cli.tools import chat_tools
 from qwen3_tg.errors import UsageError
-from qwen3_tg.llm import BUDGET_SPENT, LLM
+from qwen3_tg.llm import LLM
 from qwen3_tg.reply import END_THINK
+from qwen3_tg.reply_loop import BUDGET_SPENT
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from qwen3_tg import (
     UsageError,
 )
 from qwen3_tg.checkpoint.locate import TINY
-from qwen3_tg.llm import BUDGET_SPENT
+from qwen3_tg.reply_loop import BUDGET_SPENT
 
 SUM = [{"role": "user", "content": "What is 37 + 85?"}]
 CALCULATOR = {

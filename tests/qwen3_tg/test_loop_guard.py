@@ -10,8 +10,8 @@ import pytest
 
 import qwen3_tg
 from qwen3_tg import LLM, End, Sampling, Text, Thinking
-from qwen3_tg.llm import BUDGET_SPENT
 from qwen3_tg.loop_guard import LEAST_REPEATS, LEAST_TOKENS, LONGEST, PENALISED, Cycles
+from qwen3_tg.reply_loop import BUDGET_SPENT
 from qwen3_tg.tokenizer import Tokenizer
 
 pytest_plugins = ("text_fixtures",)

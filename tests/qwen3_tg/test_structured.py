@@ -177,7 +177,7 @@ class TestTokens:
         allowed.finish(ids + number, "stop")
 
     def test_a_thinking_that_the_prompt_opened_and_another_closed(self, words: Words) -> None:
-        from qwen3_tg.llm import BUDGET_SPENT
+        from qwen3_tg.reply_loop import BUDGET_SPENT
 
         allowed = words.allowed(Constraint.regex("7"), opened=True)
         ids = words.tokenizer.encode(f"hm{BUDGET_SPENT}")
