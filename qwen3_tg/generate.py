@@ -76,9 +76,10 @@ class Engine:
 
     def missing(self, ids: Sequence[int]) -> int:
         """How many of `ids` next_logits has to compute: none where the last one was guessed."""
-        if self._was_guessed(list(ids)):
-            return 0
-        return len(ids) - self._first_new(list(ids))
+        with _ONE_AT_A_TIME:  # another thread may be changing what is cached
+            if self._was_guessed(list(ids)):
+                return 0
+            return len(ids) - self._first_new(list(ids))
 
     def next_logits(self, ids: Sequence[int], guess: Sequence[int] = ()) -> np.ndarray:
         """Logits for the token after `ids`, which start at position 0: (V,) float32.
@@ -315,4 +316,5 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:  # the usual case, at the speed of C
         return shorter
-    return next(n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), shorter)

@@ -38,9 +38,13 @@ def value_problem(value: Any, schema: Mapping[str, Any]) -> str | None:
     """How a value breaks a schema that has no problem itself, place by place, or None."""
     from jsonschema import Draft202012Validator
     from referencing import Registry
+    from referencing.exceptions import Unresolvable
 
     validator = Draft202012Validator(schema, registry=Registry())  # one that fetches nothing
-    errors = sorted(validator.iter_errors(value), key=lambda e: list(map(str, e.absolute_path)))
+    try:
+        errors = sorted(validator.iter_errors(value), key=lambda e: list(map(str, e.absolute_path)))
+    except (RecursionError, ArithmeticError, Unresolvable) as e:  # a circle, a number of 400 digits
+        return f"$: cannot be checked: {type(e).__name__} {e!s:.100}"
     if not errors:
         return None
     told = [f"{_place(e.absolute_path)}: {e.message:.300}" for e in errors[:_MOST_TOLD]]
@@ -57,8 +61,11 @@ def _place(path: Any) -> str:
 def _references(schema: Any, place: str) -> Iterator[tuple[str, str]]:
     """Every $ref with its place; the values of `enum`, `default` and the like are no schemas."""
     if isinstance(schema, Mapping):
-        if isinstance(target := schema.get("$ref"), str):
-            yield place, target
+        for key in ("$ref", "$dynamicRef"):
+            if isinstance(target := schema.get(key), str):
+                yield place, target
+        if place != "$" and isinstance(id := schema.get("$id"), str):
+            yield place, id  # another document within this one: references would mean that
         for key, value in schema.items():
             if key not in ("enum", "const", "default", "examples"):
                 yield from _references(value, f"{place}.{key}")

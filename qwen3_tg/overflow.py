@@ -30,24 +30,21 @@ def fit(
     """The messages without the oldest turns, and how many those were.
 
     `count` gives the tokens of a conversation. Nothing is left out while `room` tokens stay free
-    for the answer, by default a quarter of the context; if something must be, so much that twice
-    the room is free, and the next turns need nothing new. What stands before the first question,
-    the system message, and the last turn are kept. Raises ContextError where these alone are too
-    long."""
-    room = min(context // 4 if room is None else room, context - 1)
+    for the answer, by default and at most a quarter of the context; if something must be, so much
+    that twice the room is free, and the next turns need nothing new. What stands before the first
+    question, the system message, and the last turn are kept, with whatever room that leaves. Raises
+    ContextError where these alone leave none."""
+    room = min(context // 4, context if room is None else room)
     before, turns = split_turns(messages)
     if count(messages) + room <= context:
         return list(messages), 0
-    wanted = min(2 * room, context - 1)
-    for dropped in range(1, len(turns)):
+    for dropped in range(len(turns)):
         kept = [*before, *(message for turn in turns[dropped:] for message in turn)]
-        if (tokens := count(kept)) + wanted <= context or (
-            dropped == len(turns) - 1 and tokens + room <= context
-        ):
+        is_last = dropped == len(turns) - 1
+        if (tokens := count(kept)) + 2 * room <= context or (is_last and tokens < context):
             return kept, dropped
-    last = [*before, *turns[-1]] if turns else list(messages)
+    tokens = count([*before, *turns[-1]] if turns else messages)
     raise ContextError(
-        f"the system message and the last message have {count(last)} tokens; with {room} for the "
-        f"answer they do not fit in the context of {context}: shorten them or load with a larger "
-        "context"
+        f"the system message and the last message have {tokens} tokens, which leave no room for an "
+        f"answer in the context of {context}: shorten them or load with a larger context"
     )

@@ -36,7 +36,8 @@ _APART = 4.0
 @dataclass
 class Recording:
     """`new` are ids after the prompt; `logits` has for the n-th of them, where it was drawn, the
-    largest by id, the best first. `policy` says in words how they were computed."""
+    largest by id, the best first; `bound` are those that were drawn otherwise than `sampling` says:
+    under a grammar, or by the loop guard's. `policy` says in words how they were computed."""
 
     model: str
     fingerprint: str
@@ -45,6 +46,7 @@ class Recording:
     sampling: Sampling
     prompt: list[int] = field(default_factory=list)
     new: list[int] = field(default_factory=list)
+    bound: set[int] = field(default_factory=set)
     logits: dict[int, dict[int, float]] = field(default_factory=dict)
 
     @staticmethod
@@ -60,6 +62,8 @@ class Recording:
         largest = np.argsort(-step.logits, kind="stable")[:_LARGEST].tolist()
         ids = dict.fromkeys([*largest, step.id])
         self.logits[step.n] = {id: float(step.logits[id]) for id in ids}
+        if step.allowed is not None or step.sampling != self.sampling:
+            self.bound.add(step.n)
 
     def save(self, path: Path) -> None:
         """Whole or not at all. Raises OSError."""
@@ -79,8 +83,10 @@ class Recording:
             "context": self.context,
             "sampling": settings,
             "prompt": self.prompt,
+            "bound": sorted(self.bound),
             "tokens": tokens,
         }
+        path = path.resolve()  # a link stays a link
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text(json.dumps(whole) + "\n", encoding="utf-8")
         part.replace(path)
@@ -98,6 +104,8 @@ class Recording:
             raise UsageError(f"{path}: not a recording of qwen3 --record")
         if raw.get("version") != _VERSION:
             raise UsageError(f"{path}: version {raw.get('version')!r}; this program reads 1")
+        if not raw.get("tokens"):
+            raise UsageError(f"{path}: a recording without tokens: there is nothing to replay")
         try:
             settings = dict(raw["sampling"])
             settings["logit_bias"] = {id: float(bias) for id, bias in settings["logit_bias"]}
@@ -110,6 +118,7 @@ class Recording:
                 Sampling(**settings),
                 [int(id) for id in raw["prompt"]],
                 [int(token["id"]) for token in tokens],
+                {int(n) for n in raw["bound"]},
                 {
                     n: {int(id): float(logit) for id, logit in token["logits"]}
                     for n, token in enumerate(tokens)
@@ -137,13 +146,15 @@ class Difference:
 @dataclass(frozen=True)
 class Replay:
     """`apart` is the largest difference of a logit, at the token `apart_at`; `rounding` is the most
-    that rounding makes."""
+    that rounding makes, and `first_apart` the first token whose logits are farther apart, if any,
+    whether another one was drawn there or not."""
 
     tokens: int
     differences: tuple[Difference, ...]
     apart: float
     apart_at: int
     rounding: float
+    first_apart: int | None
 
     @property
     def first_real(self) -> Difference | None:
@@ -168,15 +179,15 @@ def replay(
             f"{recording.fingerprint}; this is {llm.checkpoint.path}, {found}"
         )
     seen, ids = Seen(recording.prompt), list(recording.prompt)
-    farthest, size = (0.0, 0), 0.0
+    aparts, size = dict[int, float](), 0.0
     others: list[Difference] = []
     for n, id in enumerate(recording.new):
         if kept := recording.logits.get(n):
             logits = llm.next_logits(ids)
             apart = max(abs(float(logits[k]) - value) for k, value in kept.items())
             size = max(size, float(np.abs(list(kept.values())).max()))
-            farthest = max(farthest, (apart, -n))
-            other = sample(logits, recording.sampling, n, seen)
+            aparts[n] = apart
+            other = id if n in recording.bound else sample(logits, recording.sampling, n, seen)
             if other != id:
                 between = abs(kept[id] - kept[other]) if other in kept else None
                 others.append(Difference(n, id, other, between, apart, is_real=False))
@@ -186,7 +197,9 @@ def replay(
             on_token(n + 1, len(recording.new))
     rounding = _rounding(recording.policy, types_of(llm.policy), llm.config.num_hidden_layers, size)
     judged = tuple(replace(one, is_real=one.apart > rounding) for one in others)
-    return Replay(len(recording.new), judged, farthest[0], -farthest[1], rounding)
+    at = max(aparts, key=lambda n: aparts[n])
+    first = next((n for n, apart in aparts.items() if apart > rounding), None)
+    return Replay(len(recording.new), judged, aparts[at], at, rounding, first)
 
 
 def _rounding(one: dict[str, str], other: dict[str, str], layers: int, size: float) -> float:

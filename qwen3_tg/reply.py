@@ -168,6 +168,7 @@ def _ends_inside_a_string(text: str) -> bool:
 def _parse_call(text: str) -> ToolCall | None:
     try:
         call = json.loads(text)
+        json.dumps(call, ensure_ascii=False).encode("utf-8")  # JSON can name half a character
     except (ValueError, RecursionError):  # also a number of too many digits, too deep a nesting
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):

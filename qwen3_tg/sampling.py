@@ -157,6 +157,7 @@ def _filters(exact: np.ndarray, sampling: Sampling) -> Iterator[Candidates]:
     with np.errstate(over="ignore"):  # a tiny temperature may give -inf, whose exp is the right 0
         scaled = (exact - exact.max()) / sampling.temperature
     ids = _largest(scaled, sampling.top_k)
+    ids = ids[exact[ids] > -math.inf]  # what is forbidden is no candidate
     p = np.exp(scaled[ids])  # the largest is 0, so that nothing overflows
     p /= p.sum()
     yield Candidates(f"top_k {sampling.top_k}" if sampling.top_k else "", ids, p)

@@ -136,13 +136,21 @@ class Allowed:
     def finish(self, new_ids: Sequence[int], reason: str) -> None:
         """Raises UnfinishedError unless the whole answer satisfies the constraint."""
         self._read(new_ids)
-        if self._state in ("start", "answer") and self._matcher.is_accepting():
+        is_whole = self._state in ("start", "answer") and self._matcher.is_accepting()
+        if is_whole and (reason == "stop" or not self._can_go_on()):
             return
         why = {
             "length": "max_new_tokens was reached; allow more",
             "context": "the context is full; load with a larger one, or shorten the prompt",
         }.get(reason, f"it ended by {reason}")
         raise UnfinishedError(f"the answer is unfinished and not {self._constraint.name}: {why}")
+
+    def _can_go_on(self) -> bool:
+        """Whether the text could be longer: then it was cut, although it has the form so far."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        more = np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
+        more[self._stop_ids] = False
+        return bool(more.any())
 
     def _read(self, new_ids: Sequence[int]) -> None:
         for id in new_ids[self._seen :]:

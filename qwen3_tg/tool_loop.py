@@ -23,7 +23,7 @@ class ToolLoop(Iterator[Piece | ToolResult]):
 
     `messages` is the conversation so far, as the chat template takes it: at first those given, and
     after each turn with its message and the results of its calls. A turn that is cut, by
-    max_new_tokens or a full context, is the last, and its calls are not run."""
+    max_new_tokens, a full context or the loop guard, is the last, and its calls are not run."""
 
     def __init__(self, ask: Ask, messages: Sequence[Message], tools: Toolbox, max_rounds: int = 10):
         check_count("max_rounds", max_rounds, least=1)
@@ -36,11 +36,11 @@ class ToolLoop(Iterator[Piece | ToolResult]):
 
     def _turns(self) -> Iterator[Piece | ToolResult]:
         for rounds in range(self._max_rounds + 1):
-            turn = _Turn()
+            turn = _Turn(bool(self._tools.schemas))
             for piece in self._ask(self.messages, rounds):
                 turn.add(piece)
                 yield piece
-            if turn.reason in ("length", "context") or not turn.has_calls:
+            if turn.reason in ("length", "context", "loop") or not turn.has_calls:
                 if turn.text:
                     self.messages.append({"role": "assistant", "content": turn.text})
                 return
@@ -58,9 +58,10 @@ class ToolLoop(Iterator[Piece | ToolResult]):
 
 
 class _Turn:
-    """What the model said in one turn."""
+    """What the model said in one turn. Without tools nothing in it is a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_tools: bool) -> None:
+        self._has_tools = has_tools
         self.text = self.thinking = self.reason = ""
         self._calls: list[ToolCall] = []
         self._unreadable: list[str] = []
@@ -74,7 +75,9 @@ class _Turn:
             self.reason = piece.reason
         elif isinstance(piece, Text):
             self.text += piece.text
-            if CALL in piece.text:  # the parser lets the tag through only where it is no call
+            if (
+                self._has_tools and CALL in piece.text
+            ):  # the parser lets the tag through only where it is no call
                 self._unreadable.append(piece.text)
 
     @property

@@ -75,6 +75,7 @@ def candidates(
     with np.errstate(over="ignore"):  # -inf from a tiny temperature: its exp is the right 0
         scaled = (exact - exact.max()) / sampling.temperature
     ids = np.argsort(-scaled, kind="stable")
+    ids = ids[exact[ids] > -np.inf]  # what is forbidden is no candidate
     # 2. top_k: the k most likely; then softmax over what is left.
     if sampling.top_k:
         ids = ids[: sampling.top_k]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class Commands:
             return True
         try:
             command.run(self, argument)
-        except Qwen3Error as e:
+        except (Qwen3Error, OSError, RuntimeError) as e:  # the conversation is worth more
             terminal.note(f"error: {e}")
         return True
 
@@ -78,12 +78,10 @@ class Commands:
         terminal.note(f"(system message: {options.system or 'none'})")
 
     def _tools(self, argument: str) -> None:
-        tools = getattr(self._talk.options, "tools", None) or []
-        for tool in tools:
-            function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-            name, what = function.get("name", tool), function.get("description", "")
-            terminal.note(f"{name}: {what}" if what else f"{name}")
-        if not tools:
+        for tool in self._talk.tools:
+            name, what = tool["function"]["name"], tool["function"].get("description", "")
+            terminal.note(f"{name}: {what}" if what else name)
+        if not self._talk.tools:
             terminal.note("(no tools)")
 
     def _think(self, argument: str) -> None:
@@ -103,7 +101,8 @@ class Commands:
             return
         if argument not in ("", "on", "off"):
             raise UsageError(f"/thinking takes on, off, show, full or fold, found {argument!r}")
-        if argument and not self._talk.llm.can_choose_to_think:
+        llm = self._talk.llm
+        if argument and not llm.can_choose_to_think and (argument == "on") != llm.can_think:
             raise UsageError("this model has no switch for thinking: its template knows of none")
         options.thinking = argument or options.thinking
         terminal.note(f"(thinking is {options.thinking or 'on'})")

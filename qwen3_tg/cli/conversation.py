@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qwen3_tg.chat import encode_chat
 from qwen3_tg.cli import terminal
@@ -17,6 +18,7 @@ from qwen3_tg.cli.tools import NO_TOOLS, ChatTools, ToolPrinter
 from qwen3_tg.cli.turn import Message, content_of, perform
 from qwen3_tg.errors import ChatError, ContextError
 from qwen3_tg.llm import ANOTHER_SEED, LLM
+from qwen3_tg.overflow import split_turns
 from qwen3_tg.reply import End
 
 
@@ -54,7 +56,14 @@ class Conversation:
         self.thinking = ""  # of the last answer
         self._random_seed = secrets.randbits(32)
         self._question: Question | None = None
-        self._dropped: list[Message] | None = None  # by clear() or load(), for undo()
+        # by clear() or load(), for undo(), with what else is to be put back
+        self._dropped: tuple[list[Message], Callable[[], None] | None] | None = None
+        self._left_out = 0  # turns at the beginning that are no longer sent
+
+    @property
+    def tools(self) -> list[Mapping[str, Any]]:
+        """The schemas of those that the model may call."""
+        return self._tools.schemas or []
 
     @property
     def seed(self) -> int:
@@ -93,7 +102,9 @@ class Conversation:
     def undo(self) -> str | None:
         """Take the last turn back, or clear() or load() where they were the last; what it was."""
         if self._dropped is not None:
-            self.messages, self._dropped, self._question = self._dropped, None, None
+            (self.messages, restore), self._dropped, self._question = self._dropped, None, None
+            if restore:
+                restore()
             return f"{count(self.messages)} are back"
         last = _last_question(self.messages)
         if last is None:
@@ -106,9 +117,13 @@ class Conversation:
         self.replace_messages([])
         self.files = {}
 
-    def replace_messages(self, messages: list[Message]) -> None:
-        """Go on from these."""
-        self._dropped = self.messages or self._dropped
+    def replace_messages(
+        self, messages: list[Message], restore: Callable[[], None] | None = None
+    ) -> None:
+        """Go on from these; undo() calls `restore`, too."""
+        before = self.messages or (self._dropped[0] if self._dropped else [])
+        if before or restore:
+            self._dropped = before, restore
         self.messages, self._question = messages, None
 
     def used_tokens(self) -> int:
@@ -121,13 +136,12 @@ class Conversation:
 
     def _answer(self, question: Question) -> bool:
         self._question = question
-        messages = [*question.before, {"role": "user", "content": question.content}]
-        if self.options.overflow == "shift":
-            try:
-                messages = self._fitting(messages)
-            except ContextError as e:
-                terminal.note(f"error: {e}")
-                return False
+        whole = [*question.before, {"role": "user", "content": question.content}]
+        try:
+            messages = self._fitting(whole) if self.options.overflow == "shift" else whole
+        except ContextError as e:
+            terminal.note(f"error: {e}")
+            return False
         printer = ToolPrinter(lambda: self._printer(self.seed))
         # each turn draws other random numbers, far from those of any other seed a user gives
         seed = (self.seed + self.draws * ANOTHER_SEED) % 2**128
@@ -138,18 +152,25 @@ class Conversation:
         self.ends += printer.ends
         if len(said) == len(messages):
             return False
-        self.messages, self._dropped = said, None
+        self.messages, self._dropped = [*whole, *said[len(messages) :]], None
         return True
 
     def _fitting(self, messages: list[Message]) -> list[Message]:
-        """Without the oldest turns where they no longer fit, which is told."""
+        """Without the oldest turns where they no longer fit, which is told. What was left out once
+        stays so: each change at the beginning has all that follows computed again."""
+        _, turns = split_turns(messages)
+        if self._left_out >= len(turns):
+            self._left_out = 0  # another conversation
+        rest = [message for turn in turns[self._left_out :] for message in turn]
         limits = self.options.thinking_budget, self.options.max_new_tokens
         room = None if None in limits else sum(limits)
-        sent = with_system(messages, self.options)
+        sent = with_system(rest, self.options)
         kept, dropped = self.llm.fit(sent, self._tools.schemas, self.thinks, room)
         if dropped:
-            turns = "the oldest turn is" if dropped == 1 else f"the oldest {dropped} turns are"
-            terminal.note(f"(the context is full: {turns} left out)")
+            self._left_out += dropped
+            out = self._left_out
+            what = "the oldest turn is" if out == 1 else f"the oldest {out} turns are"
+            terminal.note(f"(the context is full: {what} no longer sent)")
         return [dict(message) for message in kept if message["role"] != "system"]
 
 

@@ -30,7 +30,7 @@ def generate(options: argparse.Namespace) -> None:
     """Answer the prompt, or with --raw continue it."""
     if options.raw:
         for name in ("system", "thinking", "thinking_budget", "allow_special", "tools"):
-            if getattr(options, name):
+            if getattr(options, name) not in (None, False):
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning with --raw")
     check_sampling(options)
     if options.record:
@@ -46,19 +46,32 @@ def generate(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--n {options.n} at temperature 0 would give one answer {options.n} times"
         )
+    problems: list[UnfinishedError] = []
     for number in range(options.n):
         seed = (sampling.seed + number * ANOTHER_SEED) % 2**128
         if options.n > 1:
             terminal.note(f"answer {number + 1} of {options.n}, seed {seed}")
-        _answer(llm, prompt, replace(sampling, seed=seed), options, tools)
+        try:
+            _answer(llm, prompt, replace(sampling, seed=seed), options, tools)
+        except UnfinishedError as e:
+            problems.append(e)
+            if options.n > 1:
+                terminal.note(f"error: {e}")
     if options.verbose:
         terminal.note(usage.used_report(llm))
+    if options.n > 1 and problems:
+        raise UnfinishedError(f"{len(problems)} of {options.n} answers are unfinished")
+    if problems:
+        raise problems[0]
 
 
 def _check_record(path: Path, answers: int) -> None:
     if answers > 1:
         raise UsageError(f"--record is for one answer, found --n {answers}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--record: {path} is no file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"--record: {path} cannot be written")
 
 
@@ -89,7 +102,7 @@ def _answer(
         printer.finish()
         raise
     finally:
-        if recording:
+        if recording and recording.new:
             recording.save(Path(options.record))
 
 

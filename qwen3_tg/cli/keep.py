@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qwen3_tg.cli import session, settings, terminal
@@ -25,7 +26,7 @@ class Keeper:
         the command line says goes before what the file says. Raises UsageError."""
         path, options = _path(name), self._talk.options
         said = settings.given(options) | ({"system": options.system} if options.system else {})
-        if path.exists():
+        if _exists(path):
             self._take(session.read(path), path)
             for setting, value in said.items():
                 setattr(options, setting, value)
@@ -49,7 +50,7 @@ class Keeper:
             raise UsageError("/save takes a file to write")
         path = _path(name) if name else self._path
         assert path is not None
-        if path != self._path and path.exists() and not force:
+        if path != self._path and _exists(path) and not force:
             raise UsageError(f"{path}: there is such a file; to write over it: /save --force FILE")
         session.write(path, self._now())
         if not self._always:
@@ -61,26 +62,37 @@ class Keeper:
         path = _path(name)
         self.after_a_turn()
         found = session.read(path)
-        self._take(found, path)
+        former, before = self._path, self._now()
+
+        def restore() -> None:
+            """All that was taken from the file but the messages, and which file is kept."""
+            self._path = former
+            self._set(before)
+            self._kept = self._now()  # not written: the former file has it
+
+        self._take(found, path, restore)
         self._path, self._kept = path, self._now()
 
-    def _take(self, found: Session, path: Path) -> None:
+    def _take(self, found: Session, path: Path, restore: Callable[[], None] | None = None) -> None:
         talk = self._talk
         if found.config != self._config:
             terminal.note(
                 f"note: {path} was had with {found.model}, another model; {self._model} goes on"
             )
-        for name in (*settings.RANGES, "thinking"):
-            setattr(talk.options, name, found.settings.get(name))
-        talk.options.system = found.system
-        talk.replace_messages(list(found.messages))
-        talk.draws = found.draws
+        self._set(found)
+        talk.replace_messages(list(found.messages), restore)
         system = ", a system message" if found.system else ""
         chosen = ", ".join(f"{name} {value}" for name, value in found.settings.items())
         terminal.note(f"({count(found.messages)} from {path}{system}{chosen and ', ' + chosen})")
         if question := talk.question():
             text = " ".join(question.text.split())
             terminal.note(f"(the last question: {text if len(text) < 60 else text[:59] + '…'})")
+
+    def _set(self, found: Session) -> None:
+        options = self._talk.options
+        for name in (*settings.RANGES, "thinking"):
+            setattr(options, name, found.settings.get(name))
+        options.system, self._talk.draws = found.system, found.draws
 
     def _now(self) -> Session:
         talk = self._talk
@@ -95,4 +107,14 @@ class Keeper:
 
 
 def _path(name: str) -> Path:
-    return Path(name).expanduser().absolute()
+    try:
+        return Path(name).expanduser().absolute()
+    except RuntimeError:
+        raise UsageError(f"{name}: there is no such user's folder") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as e:  # a folder that one may not look into
+        raise UsageError(f"{path}: {e.strerror or e}") from None

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(_as_json(llm, recording, found), indent=2))
     else:
         print("\n".join(_lines(llm, recording, found)))
-    return _WRONG if found.first_real else 0
+    return 0 if found.first_apart is None else _WRONG
 
 
 def _lines(llm: LLM, recording: Recording, found: Replay) -> list[str]:
@@ -49,9 +49,12 @@ def _lines(llm: LLM, recording: Recording, found: Replay) -> list[str]:
         *(_line(llm, one) for one in found.differences),
         f"tokens    {found.tokens}: {same} the same, {near} near ties, {real} really different",
     ]
-    first = found.first_real
-    where = f"DIFFERENT from token {first.n} on: see what qwen3 check says" if first else "the same"
-    return [*lines, f"verdict   {where}" + (", but for near ties" if near and not real else "")]
+    if bound := len(recording.bound):
+        lines.append(f"bound     {bound} tokens, by a grammar or the loop guard: logits compared")
+    verdict = "the same, but for near ties" if near else "the same"
+    if (first := found.first_apart) is not None:
+        verdict = f"DIFFERENT: logits really differ from token {first} on; see qwen3 check"
+    return [*lines, f"verdict   {verdict}"]
 
 
 def _line(llm: LLM, one: Difference) -> str:

@@ -12,9 +12,9 @@ _BYTES_A_TOKEN = 64
 
 def read(path: Path, context: int) -> str:
     """Its text. Raises UsageError where it is missing, no text, or too long for the context."""
-    if path.is_dir():
-        raise UsageError(f"{path}: a folder; expected a text file")
     try:
+        if path.is_dir():
+            raise UsageError(f"{path}: a folder; expected a text file")
         if path.exists() and not path.is_file():
             raise UsageError(f"{path}: a device or a pipe; expected a text file")
         size = path.stat().st_size

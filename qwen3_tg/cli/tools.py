@@ -158,9 +158,9 @@ class ToolPrinter:
             self._calls.append(piece)
         elif isinstance(piece, ToolResult):
             terminal.note(f"result: {piece.content}")
-        else:
-            if self._turn.reason:  # a new turn
+            if self._turn.reason:  # what comes next is another turn
                 self._turn = self._make()
+        else:
             self._turn.show(piece)
             if isinstance(piece, End):
                 self.ends.append(piece)

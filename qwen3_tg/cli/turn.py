@@ -29,8 +29,8 @@ def perform(
     tools: ChatTools,
 ) -> list[Message]:
     """These messages and what came of them: calls of tools with their results, and the answer,
-    which is what was answered before Ctrl-C. After an error, which is told, and where Ctrl-C came
-    before any of it, there is nothing new."""
+    which is what was answered before Ctrl-C. After an error, which is told, rounds of calls that
+    were whole before it stay; where there was none there is nothing new."""
 
     def ask(messages: Sequence[Mapping[str, Any]], rounds: int) -> Iterator[Piece]:
         again = replace(sampling, seed=(sampling.seed + rounds * 2**96) % 2**128)
@@ -50,7 +50,6 @@ def perform(
         stopped = [{"role": "assistant", "content": printer.text}] if printer.text else []
     except ContextError as e:
         terminal.note(f"error: {e}; /clear starts anew, /undo takes the last turn back")
-        return messages
     except Qwen3Error as e:
         printer.finish()
         terminal.note(f"error: {e}")

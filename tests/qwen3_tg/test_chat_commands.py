@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from qwen3_tg.cli import arguments, terminal
 from qwen3_tg.cli.commands import COMMANDS, Commands, Leave, parse
 from qwen3_tg.cli.conversation import Conversation
 from qwen3_tg.cli.keep import Keeper
+from qwen3_tg.cli.tools import chat_tools
 from qwen3_tg.llm import LLM
 from qwen3_tg.reply import Piece, Text
 
@@ -301,14 +303,56 @@ class TestOther:
         assert all(c.usage in shown for c in COMMANDS.values() if c.what)
         assert max(map(len, shown.splitlines())) <= 80
 
-    def test_tools_are_listed(self, llm: LLM, noted: Callable[[], str]) -> None:
-        chat = Chat(llm)
-        chat.say("/tools")
+    def test_tools_are_listed(self, llm: LLM, noted: Callable[[], str], tmp_path: Path) -> None:
+        Chat(llm).say("/tools")
         assert noted() == "(no tools)\n"
-        function = {"name": "add", "description": "adds"}
-        chat.talk.options.tools = [{"type": "function", "function": function}]
-        chat.say("/tools")
+        function = {"name": "add", "description": "adds", "parameters": {"type": "object"}}
+        (tmp_path / "t.json").write_text(json.dumps([{"type": "function", "function": function}]))
+        options = arguments.parse(["chat", "--tools", str(tmp_path / "t.json")])
+        talk = Conversation(
+            llm, options, lambda seed: terminal.ReplyPrinter(seed), chat_tools(options)
+        )
+        Commands(talk, Keeper(talk, "tiny"), None).obey("/tools")
         assert noted() == "add: adds\n"
+
+    def test_what_the_system_refuses_ends_no_conversation(
+        self, llm: LLM, noted: Callable[[], str]
+    ) -> None:
+        chat = Chat(llm)
+        for line in ("/save ~nosuchuser/x", "/load ~nosuchuser/x", "/read " + "x" * 300):
+            chat.say(line)
+            assert noted().startswith("error: ")
+
+    def test_undo_of_a_load_goes_back_to_the_former_file(self, llm: LLM, tmp_path: Path) -> None:
+        for name, question in (("a", "What is 1 + 2?"), ("b", "What is 37 + 85?")):
+            chat = Chat(llm, "--system", f"in {name}")
+            chat.keeper.start(str(tmp_path / name))
+            chat.say(question)
+            chat.keeper.after_a_turn()
+        before = (tmp_path / "b").read_text()
+        chat = Chat(llm)
+        chat.keeper.start(str(tmp_path / "a"))
+        chat.say(f"/load {tmp_path / 'b'}")
+        assert chat.talk.options.system == "in b"
+        chat.say("/undo")
+        chat.keeper.after_a_turn()
+        assert (tmp_path / "b").read_text() == before
+        assert chat.talk.options.system == "in a"
+        chat.say("What is 2 + 2?")
+        chat.keeper.after_a_turn()
+        assert (tmp_path / "b").read_text() == before
+        assert "What is 2 + 2?" in (tmp_path / "a").read_text()
+
+    def test_turns_that_are_left_out_stay_in_the_conversation(
+        self, llm: LLM, noted: Callable[[], str]
+    ) -> None:
+        short = qwen3_tg.load("tiny", context=160)
+        chat = Chat(short, "--overflow", "shift", "--thinking-budget", "30")
+        chat.say(*["What is 37 + 85?"] * 7)
+        assert chat.texts == ["What is 37 + 85?", "122"] * 7
+        assert "no longer sent" in noted()
+        chat.say("/undo")
+        assert len(chat.texts) == 12
 
     def test_exit_leaves(self, llm: LLM) -> None:
         for line in ("/exit", "/quit", "/bye"):

@@ -47,13 +47,16 @@ def test_whole_old_turns_go_until_twice_the_room_is_free() -> None:
     assert count(kept) == 40
 
 
-def test_where_twice_the_room_cannot_be_had_once_is_enough() -> None:
-    kept, dropped = fit(conversation(3), count, 40, room=15)
+def test_where_twice_the_room_cannot_be_had_less_is_enough() -> None:
+    kept, dropped = fit(conversation(3), count, 40, room=10)
+    assert (count(kept), dropped) == (20, 2)
+    kept, dropped = fit(conversation(3), count, 25, room=6)
     assert (count(kept), dropped) == (20, 2)
 
 
-def test_the_room_is_a_quarter_by_default() -> None:
+def test_the_room_is_a_quarter_by_default_and_at_most() -> None:
     messages = conversation(4)
+    assert fit(messages, count, 106, room=90)[1] == 0
     assert fit(messages, count, 106)[1] == 0
     assert fit(messages, count, 105)[1] > 0
 
@@ -72,8 +75,10 @@ def test_calls_and_results_of_tools_stay_with_their_question() -> None:
 
 @pytest.mark.parametrize("turns", [1, 3])
 def test_what_must_be_kept_and_is_too_long_is_an_error(turns: int) -> None:
-    with pytest.raises(ContextError, match=r"have 20 tokens; with 15 for .* context of 30"):
-        fit(conversation(turns), count, 30, room=15)
+    with pytest.raises(ContextError, match=r"have 20 tokens, which leave no room .* context of 20"):
+        fit(conversation(turns), count, 20, room=5)
+    kept, dropped = fit(conversation(turns), count, 21, room=5)
+    assert (count(kept), dropped) == (20, turns - 1)
 
 
 def test_a_model_answers_what_was_left_of_a_long_conversation() -> None:
@@ -107,7 +112,11 @@ def test_a_long_talk_ends_with_an_error_or_goes_on_without_its_oldest_turns(
     out, err = capsys.readouterr()
     if overflow == "shift":
         assert out == "122\n" * 8
-        assert "(the context is full: the oldest " in err and "error" not in err
+        assert (
+            "(the context is full: the oldest " in err
+            and "no longer sent" in err
+            and "error" not in err
+        )
     else:
         assert 0 < out.count("122\n") < 8
-        assert "left out" not in err and "context" in err
+        assert "no longer sent" not in err and "context" in err

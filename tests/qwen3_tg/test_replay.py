@@ -12,7 +12,7 @@ import pytest
 from conftest import GOLDEN
 
 import qwen3_tg
-from qwen3_tg import LLM, CheckpointError, Sampling, UsageError
+from qwen3_tg import LLM, CheckpointError, Constraint, Sampling, UsageError
 from qwen3_tg.checkpoint import fingerprint, open_checkpoint
 from qwen3_tg.cli import main
 from qwen3_tg.replay import Recording, replay
@@ -90,6 +90,29 @@ def test_a_near_tie_is_told_from_a_real_difference(llm: LLM) -> None:
     assert found.apart_at == step and found.apart > found.rounding
 
 
+def test_logits_that_really_differ_are_told_where_the_tokens_are_the_same(llm: LLM) -> None:
+    recording = recorded(llm, Sampling())
+    best, *others = recording.logits[5].items()
+    found = replay(llm, with_step(recording, 5, best[0], dict([(best[0], best[1] + 9), *others])))
+    assert found.differences == ()
+    assert found.first_apart == 5
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["a grammar", "the loop guard"])
+def test_what_was_drawn_otherwise_than_the_settings_say_is_not_drawn_again(
+    llm: LLM, exact: LLM, guarded: bool
+) -> None:
+    if guarded:  # a bias makes it repeat itself
+        loop = Sampling(logit_bias={22: 30.0})
+        recording = Recording.of(llm, "tiny", loop)
+        list(llm.generate("7", 300, loop, on_step=recording))
+    else:
+        recording = recorded(llm, Sampling(), constraint=Constraint.regex("[a-z]{3}"))
+    assert recording.bound
+    found = replay(exact, recording)
+    assert (found.differences, found.first_apart) == ((), None)
+
+
 def with_step(recording: Recording, n: int, id: int, logits: dict[int, float]) -> Recording:
     new = [*recording.new[:n], id, *recording.new[n + 1 :]]
     return replace(recording, new=new, logits=recording.logits | {n: logits})
@@ -123,7 +146,8 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path) 
         ("{", "not JSON"),
         ("[]", "not a recording"),
         ('{"format": "qwen3_tg generation", "version": 2}', "version 2"),
-        ('{"format": "qwen3_tg generation", "version": 1}', "damaged: KeyError"),
+        ('{"format": "qwen3_tg generation", "version": 1}', "without tokens"),
+        ('{"format": "qwen3_tg generation", "version": 1, "tokens": [1]}', "damaged: KeyError"),
     ],
 )
 def test_a_file_that_is_no_recording_is_refused(text: str, says: str, tmp_path: Path) -> None:
@@ -152,6 +176,6 @@ def test_the_commands_record_and_replay(
     raw["tokens"][3]["logits"].append([9, 1.0])
     Path(file).write_text(json.dumps(raw))
     assert main(["replay", file]) == 1
-    assert "verdict   DIFFERENT from token 3 on" in capsys.readouterr().out
+    assert "DIFFERENT: logits really differ from token 3 on" in capsys.readouterr().out
     for wrong in (["--n", "2"], ["--record", str(tmp_path / "no" / "r.json")]):
         assert main(["--record", file, *wrong, "hello"]) == 2

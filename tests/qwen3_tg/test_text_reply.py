@@ -116,6 +116,11 @@ CASES = {
         '<tool_call>{"name": "f", "arguments": {"é": ["\\u4e2d", null, 1.5]}}</tool_call>',
         [ToolCall("f", {"é": ["\u4e2d", None, 1.5]})],
     ),
+    "half a character in a call": (
+        {"tools": True},
+        '<tool_call>{"name": "f", "arguments": {"q": "\\ud83d"}}</tool_call>',
+        [Text('<tool_call>{"name": "f", "arguments": {"q": "\\ud83d"}}</tool_call>')],
+    ),
     "half a tag at the end": ({"tools": True}, "a <tool_c", [Text("a <tool_c")]),
     "line breaks and half a tag at the end": ({"tools": True}, "a\n\n<t", [Text("a\n\n<t")]),
     "almost a call": ({"tools": True}, "<tool_cell>\n<tool_", [Text("<tool_cell>\n<tool_")]),

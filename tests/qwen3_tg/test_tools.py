@@ -28,6 +28,7 @@ from qwen3_tg import (
     UsageError,
 )
 from qwen3_tg.chat import ChatTemplate, Message
+from qwen3_tg.json_schema import schema_problem, value_problem
 from qwen3_tg.reply import Piece
 from qwen3_tg.tool_schema import function_schema, parse_docstring
 from qwen3_tg.tools import Toolbox, check_schema
@@ -301,7 +302,7 @@ class TestLoop:
         assert said.startswith(text) and said.endswith("</tool_call>")
         assert loop.messages[2] == {"role": "tool", "content": result.content}
 
-    @pytest.mark.parametrize("reason", ["length", "context"])
+    @pytest.mark.parametrize("reason", ["length", "context", "loop"])
     def test_the_calls_of_a_turn_that_was_cut_are_not_run(self, reason: str) -> None:
         def explode() -> None:
             """Never."""
@@ -312,12 +313,41 @@ class TestLoop:
         assert list(loop)[-1] == end(reason)
         assert loop.messages == [*QUESTION, {"role": "assistant", "content": "a"}]
 
+    def test_without_tools_a_tag_is_text_and_no_call(self) -> None:
+        text = "it is written <tool_call>{</tool_call>"
+        loop = ToolLoop(Script([Text(text), end()]), QUESTION, Toolbox([]))
+        assert list(loop) == [Text(text), end()]
+        assert loop.messages == [*QUESTION, {"role": "assistant", "content": text}]
+
     def test_too_many_rounds_are_an_error_and_what_was_done_is_kept(self) -> None:
         call = ToolCall("calculator", {"expression": "1 + 1"})
         loop = ToolLoop(Script(*[[call, end()]] * 3), QUESTION, Toolbox([calculator]), max_rounds=2)
         with pytest.raises(ChatError, match="in 2 rounds and wants to go on"):
             list(loop)
         assert [m["role"] for m in loop.messages] == ["user", *["assistant", "tool"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, {"a": 1}),
+        ({"multipleOf": 0.5}, 10**400),
+    ],
+    ids=["a circle", "a long number"],
+)
+def test_what_cannot_be_checked_is_a_problem_and_no_crash(
+    schema: dict[str, Any], value: Any
+) -> None:
+    assert schema_problem(schema) is None
+    assert "cannot be checked" in (value_problem(value, schema) or "")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"$dynamicRef": "#nope"}, {"properties": {"a": {"$id": "http://x/y", "type": "string"}}}],
+)
+def test_a_schema_that_means_other_documents_is_refused(schema: dict[str, Any]) -> None:
+    assert "leads nowhere" in (schema_problem(schema) or "")
 
 
 @pytest.fixture(scope="module")
