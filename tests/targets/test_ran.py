@@ -30,7 +30,7 @@ TARGETS = {
     "WEBGPU": ("WEBGPU", "WGSLRenderer", 1e-3),
 }
 KINDS = ["tiny", "tied_float32", "multi_query_float16", "moe_bfloat16", "yarn_bfloat16"]
-IDS = [5, 17, 33, 120, 7, 9, 100, 42, 3, 11, 127, 60]
+IDS = [5, 17, 33, 120, 7, 9, 100, 42, 3, 11, 113, 60]  # every vocabulary here has them
 
 
 @pytest.mark.parametrize("kind", KINDS)
