@@ -65,13 +65,19 @@ def pip(environment: Path, *what: str) -> None:
 
 
 def run(environment: Path, folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """The installed command in an empty home, with a PATH that has nothing on it."""
+    """The installed command in an empty home, with a PATH that has nothing on it, and without
+    OpenCL's drivers: some end the process where they do not find a linker."""
     nothing, home = folder / "nothing", folder / "home"
     nothing.mkdir(exist_ok=True)
     home.mkdir(exist_ok=True)
     done = subprocess.run(
         [environment / "bin" / "qwen3", *arguments],
-        env={"PATH": str(nothing), "HOME": str(home), "DEV": "CPU"},
+        env={
+            "PATH": str(nothing),
+            "HOME": str(home),
+            "DEV": "CPU",
+            "OCL_ICD_VENDORS": str(nothing),
+        },
         cwd=home,
         stdin=subprocess.DEVNULL,
         capture_output=True,
