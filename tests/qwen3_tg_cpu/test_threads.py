@@ -59,12 +59,12 @@ def test_kernels_may_be_called_from_several_threads() -> None:
     right = engine.next_logits([1, 2, 3])
     others = [qwen3_tg.load("tiny", device="CPU")._engine for _ in range(3)]
     for other in others:  # graphs are captured one at a time
-        other._next_logits([1, 2, 3])
+        other._next_logits([1, 2, 3], [])
 
     def compute(n: int) -> np.ndarray:
         engine = others[n]
         engine._forget_from(0)
-        return engine._next_logits([1, 2, 3])
+        return engine._next_logits([1, 2, 3], [])
 
     for _ in range(20):
         with ThreadPoolExecutor(3) as threads:
@@ -120,7 +120,12 @@ assert answer() == right
 print("goes on", flush=True)
 """
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    def heed() -> None:  # tests that run in the background ignore it and would hand that on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
