@@ -10,7 +10,7 @@ import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
 from qwen3_tg.config import ModelConfig
-from qwen3_tg.device import Policy, as_default
+from qwen3_tg.device import Policy
 from qwen3_tg.kv_cache import LayerCache
 from qwen3_tg.linear import DTYPES, Embedding, Linear, Weight
 from qwen3_tg.model import Block, RMSNorm
@@ -55,7 +55,7 @@ class LoweredLayer:
         given, graph = self._graphs[S]
         write(given, _pad(x, (S, x.shape[1])))
         at = UOp.variable("start_pos", 0, self._capacity - S).bind(start_pos)
-        with as_default(self._policy.device), for_policy(self._policy).applied():
+        with for_policy(self._policy).applied():
             return _numpy(graph(at))[0, ::-1][: len(x)]
 
     def _captured(self, S: int, D: int) -> tuple[Tensor, Callable[[UOp], Tensor]]:
@@ -78,8 +78,7 @@ class LoweredLayer:
             right = judge(name, _as_reference(name, _numpy(value), len(x), start_pos))
             return self._as_device(name, right, value)
 
-        with as_default(self._policy.device):
-            see("out", self._steps(x, start_pos, see))
+        see("out", self._steps(x, start_pos, see))
 
     def up_to(self, name: str, x: np.ndarray, start_pos: int) -> np.ndarray:
         """The value of one step, with all before it in the same kernels where tinygrad joins them,
@@ -90,12 +89,11 @@ class LoweredLayer:
                 raise _Found(value)
             return value
 
-        with as_default(self._policy.device):
-            try:
-                value = self._steps(x, start_pos, see)
-            except _Found as found:
-                value = found.value
-            return _as_reference(name, _numpy(value), len(x), start_pos)
+        try:
+            value = self._steps(x, start_pos, see)
+        except _Found as found:
+            value = found.value
+        return _as_reference(name, _numpy(value), len(x), start_pos)
 
     def _steps(self, x: np.ndarray, start_pos: int, see: Callable[[str, Tensor], Tensor]) -> Tensor:
         given = self._tensor(_pad(x, (self._padded(len(x)), x.shape[1]))[None])
@@ -122,26 +120,23 @@ class LoweredLayer:
 
 def embed(weight: Weight, ids: np.ndarray, policy: Policy) -> np.ndarray:
     """ids: (S,) -> (S, D)"""
-    with as_default(policy.device):
-        given = place(ids[None].astype(np.int32), policy.devices)
-        return np.asarray(_numpy(Embedding(weight)(given, DTYPES[policy.dtype]))[0])
+    given = place(ids[None].astype(np.int32), policy.devices)
+    return np.asarray(_numpy(Embedding(weight)(given, DTYPES[policy.dtype]))[0])
 
 
 def norm(weight: Weight, eps: float, x: np.ndarray, policy: Policy) -> np.ndarray:
     """x: (S, D) -> (S, D)"""
-    with as_default(policy.device):
-        given = place(x[None], policy.devices).cast(DTYPES[policy.dtype])
-        return np.asarray(_numpy(RMSNorm(weight, eps)(given))[0])
+    given = place(x[None], policy.devices).cast(DTYPES[policy.dtype])
+    return np.asarray(_numpy(RMSNorm(weight, eps)(given))[0])
 
 
 def head(weight: Weight, x: np.ndarray, policy: Policy) -> np.ndarray:
     """x: (S, D) -> (S, V), one position at a time, as it is computed in generation."""
-    with as_default(policy.device):
-        rows = []
-        for row in x:
-            given = place(row[None, None], policy.devices).cast(DTYPES[policy.dtype])
-            rows.append(_numpy(Linear(weight)(given))[0, 0])
-        return np.stack(rows)
+    rows = []
+    for row in x:
+        given = place(row[None, None], policy.devices).cast(DTYPES[policy.dtype])
+        rows.append(_numpy(Linear(weight)(given))[0, 0])
+    return np.stack(rows)
 
 
 def _numpy(value: Tensor) -> np.ndarray:
