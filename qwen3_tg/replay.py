@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from qwen3_tg.atomic import replacing
 from qwen3_tg.checkpoint import fingerprint
 from qwen3_tg.device import Policy
 from qwen3_tg.errors import CheckpointError, UsageError
@@ -86,10 +86,8 @@ class Recording:
             "bound": sorted(self.bound),
             "tokens": tokens,
         }
-        path = path.resolve()  # a link stays a link
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(whole) + "\n", encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_text(json.dumps(whole) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(path: Path) -> Recording:

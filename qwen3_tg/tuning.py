@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 
 from qwen3_tg import compiler
 from qwen3_tg import device as devices
+from qwen3_tg.atomic import replacing
 from qwen3_tg.device.names import family, one_line
 from qwen3_tg.errors import UsageError
 
@@ -154,10 +154,8 @@ def load(kind: Kind) -> Tuning:
 
 def save(tuning: Tuning) -> None:
     """Keep it, whole or not at all."""
-    path = _path(tuning.kind)
-    part = path.with_suffix(f".{os.getpid()}")
-    write(part, tuning)
-    part.replace(path)
+    with replacing(_path(tuning.kind)) as part:
+        write(part, tuning)
 
 
 def write(path: Path, tuning: Tuning) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["errors"],
     [
+        "atomic",
         "sampling",
         "stop_strings",
         "kernel_cache",

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
+from qwen3_tg.atomic import PRIVATE, replacing
 from qwen3_tg.cli import terminal
 from qwen3_tg.compiler import is_ours
 
 _MOST_BYTES = 1 << 20  # then the older half goes
-_PRIVATE = stat.S_IRUSR | stat.S_IWUSR
 
 
 def open_history(keep: bool) -> History:
@@ -53,10 +53,10 @@ def _file() -> Path:
     folder = Path(os.environ.get("XDG_STATE_HOME") or base) / "qwen3_tg"
     folder.mkdir(mode=stat.S_IRWXU, parents=True, exist_ok=True)
     path = folder / "history"
-    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, _PRIVATE))
+    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, PRIVATE))
     if not is_ours(folder) or not (is_ours(path) or path.stat().st_uid == os.geteuid()):
         raise OSError(f"others can write in {folder}")
-    path.chmod(_PRIVATE)
+    path.chmod(PRIVATE)
     return path
 
 
@@ -70,7 +70,5 @@ def _shorten(path: Path) -> None:
     if len(data) <= _MOST_BYTES:
         return
     start = data.find(b"\n\n#", len(data) // 2)
-    shorter = path.with_name(f"history-{os.getpid()}")
-    with os.fdopen(os.open(shorter, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _PRIVATE), "wb") as file:
-        file.write(data[start + 1 :] if start >= 0 else b"")
-    shorter.replace(path)
+    with replacing(path, PRIVATE) as shorter:
+        shorter.write_bytes(data[start + 1 :] if start >= 0 else b"")

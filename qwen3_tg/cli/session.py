@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qwen3_tg.atomic import PRIVATE, replacing
 from qwen3_tg.chat import check_messages
 from qwen3_tg.cli import settings
 from qwen3_tg.config import ModelConfig
@@ -44,26 +41,10 @@ def write(path: Path, session: Session) -> None:
     content = {"format": FORMAT, "version": VERSION} | asdict(session)
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     try:
-        path = path.resolve()  # a link stays a link
-        _replace(path, text.encode("utf-8", "replace"))
+        with replacing(path, PRIVATE) as part:
+            part.write_bytes(text.encode("utf-8", "replace"))
     except (OSError, RuntimeError) as e:  # RuntimeError: links in a circle
         raise UsageError(f"{path}: cannot be written: {_reason(e)}; nothing was changed") from None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # for us alone
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            Path(name).chmod(stat.S_IMODE(path.stat().st_mode))
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
 
 
 def read(path: Path) -> Session:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qwen3_tg import compiler
+from qwen3_tg.atomic import replacing
 from qwen3_tg.checkpoint.types import FLOATS, TABLE_BLOCKS, StoredWeight
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy, shares_scratch
@@ -135,10 +135,8 @@ def load_factor(policy: Policy) -> float | None:
 def save_factor(device: str, factor: float) -> None:
     """Keep a measured factor; where nothing can be written it is measured again next time."""
     found = _read() | {_key(device): factor}
-    part = _path().with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), replacing(_path()) as part:
         part.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        part.replace(_path())
 
 
 def _path() -> Path:
