@@ -1,6 +1,7 @@
 """From ids to the next id: prefill in chunks, decode one by one, and know when to stop.
 
-The only owner of positions and of what the cache holds. Two graphs are captured (step_graph.py):
+The only owner of positions and of what the cache holds; where another text takes its place, it goes
+to a shelf (shelf.py) and comes back when it is needed. Two graphs are captured (step_graph.py):
 one computes a whole chunk of new positions, the other a single one. The position is an input of
 both, so no length of text is compiled anew; only when the cache grows (see kv_cache.py) are they
 captured again. Where tokens are guessed ahead (speculate.py), a third one computes few positions.
@@ -27,6 +28,7 @@ from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.linear import DTYPES
 from qwen3_tg.pace import LENGTHS
 from qwen3_tg.sampling import Sampling, Seen, sample
+from qwen3_tg.shelf import WORTH, Kept, Shelf, common_prefix, is_continued, is_lost
 from qwen3_tg.speculate import Speculation
 from qwen3_tg.step_graph import StepGraph
 from qwen3_tg.tuning import Tuning
@@ -41,9 +43,10 @@ _ONE_AT_A_TIME = threading.RLock()
 
 class Engine:
     """A model on a device with its cache. Asked for the logits after a sequence of ids, it computes
-    only what the cache does not hold yet, so callers never speak of positions.
+    only what neither the cache nor the shelf holds yet, so callers never speak of positions.
 
-    `context` is the most positions it takes."""
+    `context` is the most positions it takes, `shelf_bytes` the most that other texts take in the
+    host's memory."""
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Engine:
         context: int,
         kernels: KernelCache,
         tuning: Tuning,
+        shelf_bytes: int,
     ):
         self.context = context
         self.forward, self.kernels, self._vocab_size = forward, kernels, config.vocab_size
@@ -63,6 +67,8 @@ class Engine:
         limit = context + policy.prefill_chunk
         self._cache = KVCache(config, limit, DTYPES[policy.kv_dtype], policy.device)
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
+        self._prompt = 0  # how many of them were the last prompt
+        self.shelf = Shelf(shelf_bytes)
         # ids guessed to follow those, with the logits after each: theirs are written, but held only
         # once they are asked for, so that guesses change nothing that is reused later
         self._ahead: list[tuple[int, np.ndarray]] = []
@@ -79,7 +85,41 @@ class Engine:
         with _ONE_AT_A_TIME:  # another thread may be changing what is cached
             if self._was_guessed(list(ids)):
                 return 0
-            return len(ids) - self._first_new(list(ids))
+            shared = common_prefix(self._cached_ids, list(ids))
+            if found := self._on_shelf(list(ids), shared):
+                shared = found[1]
+            return len(ids) - min(shared, len(ids) - 1)
+
+    @property
+    def row_bytes(self) -> list[int]:
+        """Bytes of one position in each array of a kept text's rows."""
+        return self._cache.row_bytes
+
+    def computed(self, ids: Sequence[int]) -> tuple[int, int]:
+        """The longest beginning of `ids` whose keys and values are there: how many tokens, and
+        bytes."""
+        with _ONE_AT_A_TIME:
+            shared = common_prefix(self._cached_ids, list(ids))
+            found = self.shelf.find(list(ids), shared + 1)
+            n = found[1] if found else shared
+            return n, n * sum(self._cache.row_bytes)
+
+    def give(self, ids: Sequence[int]) -> Kept | None:
+        """A copy of that beginning; None where there is none."""
+        with _ONE_AT_A_TIME:
+            shared = common_prefix(self._cached_ids, list(ids))
+            if found := self.shelf.find(list(ids), shared + 1):
+                return found[0].first(found[1])
+            if not shared:
+                return None
+            return Kept(list(ids[:shared]), self._cache.rows(shared), shared)
+
+    def take(self, text: Kept) -> bool:
+        """Put a text that `give` gave, of this model and computed in these types, on the shelf.
+        False where it takes more than `shelf_bytes`."""
+        assert [array.shape[1] for array in text.rows] == self.row_bytes
+        with _ONE_AT_A_TIME:
+            return self.shelf.keep(text.ids, text.prompt, text.nbytes, lambda: text.rows)
 
     def next_logits(self, ids: Sequence[int], guess: Sequence[int] = ()) -> np.ndarray:
         """Logits for the token after `ids`, which start at position 0: (V,) float32.
@@ -96,10 +136,13 @@ class Engine:
             id, logits = self._ahead.pop(0)
             self._cached_ids.append(id)
             return logits
-        # 1. Keep what the cache holds of these ids; the last one is computed in any case.
-        start = self._first_new(ids)
+        # 1. Keep what there is of these ids; the last one is computed in any case.
+        shared = common_prefix(self._cached_ids, ids)
         guess = guess[: self.context - len(ids)]
-        self._check_ids(ids[start:] + guess)
+        self._check_ids(ids[shared:] + guess)
+        shared = self._exchange(ids, shared)
+        start = min(shared, len(ids) - 1)
+        is_prompt = not start or start < len(self._cached_ids) or start < len(ids) - 1
         self._forget_from(start)
         self._reserve(len(ids))
         if guess and start == len(ids) - 1:
@@ -111,7 +154,40 @@ class Engine:
             self._cached_ids += new  # only once the step has succeeded
             start += len(new)
             if start == len(ids):
+                self._prompt = len(ids) if is_prompt else self._prompt
                 return logits
+
+    def _exchange(self, ids: list[int], shared: int) -> int:
+        """Before rows are overwritten by these ids, which share so many with what is cached: put
+        that on the shelf where it would be lost, and take back what is there of them. How many are
+        cached now; where it breaks off, no more is taken for cached than is."""
+        found = self._on_shelf(ids, shared)
+        if found is None:
+            self._shelve(shared)
+            return shared
+        text, n = found
+        # out of the way of what goes there now, or as the last to be pushed out by it
+        self.shelf.remove(text) if is_continued(text.prompt, n) else self.shelf.put(text)
+        try:
+            self._shelve(shared)
+            self._reserve(len(ids))
+            self._forget_from(0)
+            self._cache.put(text.first(n).rows)
+        except BaseException:
+            self.shelf.put(text)
+            raise
+        self._cached_ids, self._prompt = ids[:n], min(text.prompt, n)
+        return n
+
+    def _on_shelf(self, ids: list[int], shared: int) -> tuple[Kept, int] | None:
+        """A text there that shares more with these ids, so that it pays to take it back."""
+        return self.shelf.find(ids, shared + WORTH) if len(ids) - shared >= WORTH else None
+
+    def _shelve(self, shared: int) -> None:
+        ids, prompt = self._cached_ids, min(self._prompt, len(self._cached_ids))
+        if is_lost(len(ids), prompt, shared):
+            nbytes = len(ids) * sum(self._cache.row_bytes)
+            self.shelf.keep(ids, prompt, nbytes, lambda: self._cache.rows(len(ids)))
 
     def _look_ahead(self, new: list[int], start: int) -> np.ndarray:
         """Logits after the first of new ids; those after the others are kept for when they are
@@ -125,10 +201,6 @@ class Engine:
     def _was_guessed(self, ids: list[int]) -> bool:
         return bool(self._ahead) and ids == [*self._cached_ids, self._ahead[0][0]]
 
-    def _first_new(self, ids: list[int]) -> int:
-        """The first of these ids that has to be computed: the last one has in any case."""
-        return min(_common_prefix(self._cached_ids, ids), len(ids) - 1)
-
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after every one of `ids`: (S, V) float32. Errors as for next_logits."""
         with _ONE_AT_A_TIME:
@@ -137,6 +209,7 @@ class Engine:
     def _all_logits(self, ids: list[int]) -> np.ndarray:
         self._check_length(ids)
         self._check_ids(ids)
+        self._shelve(0)
         self._forget_from(0)
         self._reserve(len(ids))
         rows = []
@@ -144,6 +217,7 @@ class Engine:
             new = ids[start : start + self._size("all")]
             rows.append(self._run("all", new, start))
             self._cached_ids += new
+        self._prompt = len(ids)
         return np.concatenate(rows)
 
     def _check_length(self, ids: list[int]) -> None:
@@ -310,11 +384,3 @@ class Generation(Iterator[int]):
         self._ids += ids
         self._seen.answer.update(ids)
         self.new_tokens += len(ids)
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:  # the usual case, at the speed of C
-        return shorter
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((n for n, (x, y) in pairs if x != y), shorter)

@@ -11,9 +11,13 @@ Touches tinygrad's internals: `UOp.store` and `UOp.after`, the write that may st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 
+from qwen3_tg.buffers import part_bytes, read_first, write_first
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import free_unused
 from qwen3_tg.device.names import each
@@ -29,6 +33,11 @@ class LayerCache:
         # never read before they are written, so nothing needs to be put there first
         self.k = empty(shape, dtype, each(device), axis=2)
         self.v = empty(shape, dtype, each(device), axis=2)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there is of each position, (1, capacity, ...) each."""
+        return self.k, self.v
 
     def update(self, k: Tensor, v: Tensor, start_pos: UOp) -> tuple[Tensor, Tensor]:
         """Write S new positions and return all T = start_pos + S of them.
@@ -70,6 +79,32 @@ class KVCache:
         self.layers = layers
         del before
         free_unused(self._device)  # no later buffer has the size of an old one
+
+    @property
+    def row_bytes(self) -> list[int]:
+        """Bytes of one position in each array of `rows`."""
+        return [part // self.capacity for tensor in self._tensors for part in part_bytes(tensor)]
+
+    def rows(self, n: int) -> list[np.ndarray]:
+        """A copy of the first n positions in the host's memory, byte by byte: for each tensor of
+        each layer what each device has of it, (n, bytes of a position) uint8."""
+        assert 0 < n <= self.capacity
+        parts = [
+            part
+            for tensor in self._tensors
+            for part in read_first(tensor, n * (part_bytes(tensor)[0] // self.capacity))
+        ]
+        return [part.reshape(n, -1) for part in parts]
+
+    def put(self, rows: Sequence[np.ndarray]) -> None:
+        """Write back what `rows` gave, to where it was: all positions from 0 on."""
+        left = iter(rows)
+        for tensor in self._tensors:
+            write_first(tensor, [next(left) for _ in part_bytes(tensor)])
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers for tensor in layer.tensors]
 
     def _allocate(self, capacity: int) -> list[LayerCache]:
         one = (self._config, capacity, self._dtype, self._device)

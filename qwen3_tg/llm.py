@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qwen3_tg import device as devices
+from qwen3_tg import prefix_file
 from qwen3_tg.chat import ChatTemplate, Message, check_messages, check_tools, encode_chat
 from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 # As JSON schemas, or as Python functions whose schema is read from signature and docstring.
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any] | Tool]
 
+# Of conversations other than the last one, in the host's memory.
+PREFIX_CACHE_BYTES = 2**30
 # Added to a seed for another draw, it is far from any other seed that a user gives.
 ANOTHER_SEED = 2**64
 
@@ -57,6 +61,7 @@ def load(
     threads: int | None = None,
     speculate: str | None = None,
     draft: str | None = None,
+    prefix_cache_bytes: int | None = None,
 ) -> LLM:
     """Load a model: "tiny" (the embedded one), a Hugging Face directory, a GGUF file, or a name in
     the hub's cache.
@@ -73,6 +78,9 @@ def load(
     `speculate` "lookup" guesses tokens from what was said before, and `draft`, a smaller model with
     the same tokenizer, says them first: the same answers, in less time where guesses are right.
 
+    Of a text that goes on only what is new is computed, also after others that came in between:
+    their keys and values wait in up to `prefix_cache_bytes` of the host's memory (1 GiB; 0: none).
+
     Sets the environment variables CC, CACHEDB and PARALLEL of this process where tinygrad needs
     it. Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
     with _collecting_later():
@@ -82,14 +90,15 @@ def load(
         policy = devices.choose(device, dtype, kv_dtype, kernels, threads)
         checkpoint = replace(checkpoint, config=config, notes=notes)
         smaller = _draft(draft, policy) if draft else None
-        return LLM(checkpoint, policy, context, on_progress, speculate, smaller)
+        return LLM(checkpoint, policy, context, on_progress, speculate, smaller, prefix_cache_bytes)
 
 
 def _draft(name: str, policy: devices.Policy) -> LLM:
-    """The model that guesses, with the context it was made for."""
+    """The model that guesses, with the context it was made for. It keeps no other conversations: it
+    is small, and their room is the model's."""
     checkpoint = open_checkpoint(str(name))
     config, context, _ = checkpoint.config.with_context(None)
-    return LLM(replace(checkpoint, config=config), policy, context)
+    return LLM(replace(checkpoint, config=config), policy, context, prefix_cache_bytes=0)
 
 
 @contextmanager
@@ -120,11 +129,15 @@ class LLM:
         on_progress: Callable[[int, int], None] | None = None,
         speculate: str | None = None,
         draft: LLM | None = None,
+        prefix_cache_bytes: int | None = None,
     ):
         if speculate not in (None, "lookup"):
             raise UsageError(f'speculate must be "lookup" or None, found {speculate!r}')
         if speculate and draft:
             raise UsageError("guesses come from a draft model or from lookup, not from both")
+        check_count("prefix_cache_bytes", prefix_cache_bytes, least=0)
+        if prefix_cache_bytes is None:
+            prefix_cache_bytes = PREFIX_CACHE_BYTES
         self.checkpoint, self.policy, self.context = checkpoint, policy, context
         self.speculate, self.draft = speculate, draft
         self.config: ModelConfig = checkpoint.config
@@ -144,7 +157,9 @@ class LLM:
             )
         from qwen3_tg.start import start_engine
 
-        self._engine, self.shared_bytes = start_engine(checkpoint, policy, context, on_progress)
+        self._engine, self.shared_bytes = start_engine(
+            checkpoint, policy, context, on_progress, prefix_cache_bytes
+        )
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -185,6 +200,41 @@ class LLM:
         """Bytes that the model has besides what tinygrad allocated: `shared_bytes`, and the scratch
         of a device's own kernels."""
         return self.shared_bytes + self._engine.forward.scratch_bytes
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """The most bytes of the host's memory that other conversations are kept in."""
+        return self._engine.shelf.limit_bytes
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many other conversations are kept, and how many bytes they take."""
+        shelf = self._engine.shelf
+        return len(shelf), shelf.nbytes
+
+    def computed(self, ids: Sequence[int]) -> tuple[int, int]:
+        """How many of these ids, from the first one on, need not be computed again, and the bytes
+        of their keys and values."""
+        return self._engine.computed(ids)
+
+    def save_computed(self, path: Path, ids: Sequence[int]) -> int:
+        """Write the keys and values of what `computed` says, for a later process: whole or not at
+        all. How many tokens; of none nothing is written. Raises OSError."""
+        text = self._engine.give(ids)
+        if text is None:
+            return 0
+        prefix_file.write(path, text, prefix_file.facts(self.checkpoint, self.policy))
+        return len(text.ids)
+
+    def load_computed(self, path: Path) -> int:
+        """Take what `save_computed` wrote among what is kept. How many tokens; 0 where they take
+        more than `prefix_cache_bytes`.
+
+        Raises UsageError with the reason, where they are not this model's, were computed in other
+        types or by another version, or the file is damaged."""
+        facts = prefix_file.facts(self.checkpoint, self.policy)
+        text = prefix_file.read(path, facts, self._engine.row_bytes)
+        return len(text.ids) if self._engine.take(text) else 0
 
     @property
     def on_kernels(self) -> Callable[[int, int], None] | None:

@@ -25,6 +25,7 @@ def start_engine(
     policy: devices.Policy,
     context: int,
     on_progress: Callable[[int, int], None] | None,
+    shelf_bytes: int,
 ) -> tuple[Engine, int]:
     """Put the weights on the device, one at a time, and build the model around them. Also gives the
     bytes of weights that are used where they lie."""
@@ -55,4 +56,5 @@ def start_engine(
     kernels = devices.own_kernels(policy)
     forward = Fast(model, kernels) if kernels else Lowered(model)
     used_there = sum(array.nbytes for weight in weights.values() for array in weight.shared)
-    return Engine(config, forward, policy, context, programs, tuning), used_there
+    engine = Engine(config, forward, policy, context, programs, tuning, shelf_bytes)
+    return engine, used_there

@@ -3,9 +3,8 @@
 The only owner of TinyJit. What changes from step to step lies in two buffers that the graph was
 captured with: handing new tensors to a graph costs milliseconds of scheduling each time.
 
-Touches tinygrad's internals: a tensor's `Buffer`; and `TinyJit.cnt`, as TinyJit runs a function
-twice before it captures, to see what a changing first call would do. Ours never changes, and each
-such run costs seconds.
+Touches tinygrad's internals: `TinyJit.cnt`, as TinyJit runs a function twice before it captures,
+to see what a changing first call would do. Ours never changes, and each such run costs seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
 
+from qwen3_tg.buffers import read, write
 from qwen3_tg.device import as_default
 from qwen3_tg.device.names import each
 from qwen3_tg.forward import Forward
@@ -47,32 +47,8 @@ class StepGraph:
         symbols = self._forward.symbols(start, len(new), self._S, self._capacity)
         with as_default(self._device):
             logits = self._step(*symbols)
-        return _read(logits)[: len(new)].copy() if self._every else _read(logits).copy()
-
-
-def write(tensor: Tensor, values: np.ndarray) -> None:
-    """Put values of the same type where a tensor's are, on every device that has it."""
-    for buffer in _buffers(tensor):
-        if hasattr(buffer.allocator, "_as_buffer"):  # the host can write there
-            buffer.as_memoryview(force_zero_copy=True)[:] = values.tobytes()
-        else:
-            from tinygrad.device import Buffer
-
-            host = memoryview(bytearray(values.tobytes()))
-            buffer.copy_from(Buffer("PYTHON", values.size, tensor.dtype, opaque=host))
-
-
-def _read(tensor: Tensor) -> np.ndarray:
-    """Where they are, if the host can read there: the next step writes to the same place."""
-    (buffer,) = _buffers(tensor)
-    values = np.frombuffer(buffer.as_memoryview(allow_zero_copy=True), dtype=np.float32)
-    return values.reshape(tensor.shape)
-
-
-def _buffers(tensor: Tensor) -> list[Any]:
-    """One on each device."""
-    buffer: Any = tensor.uop.base.buffer
-    return [one.ensure_allocated() for one in getattr(buffer, "bufs", [buffer])]
+        found = read(logits)  # where the next step writes to
+        return found[: len(new)].copy() if self._every else found.copy()
 
 
 def capture_at_once(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

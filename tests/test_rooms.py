@@ -31,7 +31,8 @@ FLOORS = [
     ["speculate"],
     ["checkpoint", "chat", "pull", "quantize", "tools", "structured"],
     ["overflow", "tool_loop"],
-    ["shards", "placement"],
+    ["shards", "placement", "buffers", "shelf"],
+    ["prefix_file"],
     ["linear", "rope", "kv_cache", "kv_sizes", "tuning"],
     ["model", "plan"],
     ["forward"],
@@ -48,7 +49,15 @@ FLOORS = [
 FLOOR = {name: n for n, floor in enumerate(FLOORS) for name in floor}
 WITHOUT_TINYGRAD = ["errors", "config", "checkpoint", "tokenizer", "chat", "reply"]
 WITHOUT_TINYGRAD += ["stop_strings", "sampling", "compiler", "yarn", "kv_sizes", "shards", "plan"]
-WITHOUT_TINYGRAD += ["pace", "speculate", "tools", "tool_loop", "structured"]
+WITHOUT_TINYGRAD += [
+    "shelf",
+    "prefix_file",
+    "pace",
+    "speculate",
+    "tools",
+    "tool_loop",
+    "structured",
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -53,7 +53,7 @@ def load_or_make(options: dict[str, Any], on_progress: Any = None) -> Any:
     how = {key: options.get(key) for key in ("device", "dtype", "kv_dtype", "kernels", "threads")}
     if options.get("shape") is None:
         context = options.get("context")
-        return load(options["model"], context=context, on_progress=on_progress, **how)
+        return load(options["model"], None, None, context, on_progress, prefix_cache_bytes=0, **how)
     checkpoint = random_checkpoint(options["shape"], options["quant"])
     config, context, _ = checkpoint.config.with_context(options.get("context"))
     del config  # YaRN changes nothing of the speed

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, dtypes
 
+from qwen3_tg.buffers import write
 from qwen3_tg.check.lowered import Judge
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy
@@ -16,7 +17,6 @@ from qwen3_tg.forward import attention_weights, mlp_weights
 from qwen3_tg.kv_cache import LayerCache
 from qwen3_tg.linear import DTYPES, Weight
 from qwen3_tg.model import Block, MoE
-from qwen3_tg.step_graph import write
 
 # Steps of the model that are inside of one of these kernels.
 INNER = frozenset(

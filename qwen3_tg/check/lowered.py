@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
+from qwen3_tg.buffers import write
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy
 from qwen3_tg.kv_cache import LayerCache
 from qwen3_tg.linear import DTYPES, Embedding, Linear, Weight
 from qwen3_tg.model import Block, RMSNorm
 from qwen3_tg.placement import empty, place
-from qwen3_tg.step_graph import capture_at_once, write
+from qwen3_tg.step_graph import capture_at_once
 from qwen3_tg.tuning import for_policy
 
 Judge = Callable[[str, np.ndarray], np.ndarray]

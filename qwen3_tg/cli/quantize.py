@@ -77,7 +77,7 @@ def _read_ids(file: str, checkpoint: Checkpoint) -> list[int]:
 def _perplexity(model: str, ids: list[int], window: int) -> float:
     from qwen3_tg.llm import load
 
-    return perplexity(load(model), ids, window)
+    return perplexity(load(model, prefix_cache_bytes=0), ids, window)
 
 
 def _name(model: str) -> str:

@@ -24,12 +24,13 @@ GOLDEN_NAME = "untied_bfloat16"
 GREEDY = Sampling(temperature=0)
 
 
-def new_engine(kernels: str, context: int | None = None) -> Engine:
+def new_engine(kernels: str, context: int | None = None, kept_bytes: int = 0) -> Engine:
     """With chunks of 32 positions."""
     path = str(load_golden(GOLDEN_NAME).path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "_PREFILL_CHUNK_FAST", 32)
-        return qwen3_tg.load(path, context=context, kernels=kernels)._engine
+        how = {"context": context, "kernels": kernels, "prefix_cache_bytes": kept_bytes}
+        return qwen3_tg.load(path, **how)._engine
 
 
 @pytest.fixture(scope="module", params=["generic", "exact"])
