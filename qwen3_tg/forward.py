@@ -1,4 +1,4 @@
-"""Two ways to compute a step, with the same weights and the same cache.
+"""Two ways to compute a step, with the same weights and the same caches.
 
 `Lowered` is model.py as tinygrad lowers it, on every device. `Fast` gives the parts of the same
 model to a device's own kernels, a package in backends/. step_graph.py captures either in a graph.
@@ -6,6 +6,7 @@ model to a device's own kernels, a package in backends/. step_graph.py captures 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tinygrad import Tensor, UOp
@@ -13,9 +14,13 @@ from tinygrad import Tensor, UOp
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.model import Block, MoE, Qwen3
 
+Place = tuple[int, int]
+"""An id and the position where it stands."""
+
 
 class Forward(Protocol):
-    """A step computes S new positions, of which `rows` are there and the others are padding.
+    """A step computes S new positions, of which `rows` are there and the others are padding; or,
+    in a batch, one position of each of some sequences, whose caches are told apart by slots.
     `scratch_bytes` is what it holds that tinygrad does not count."""
 
     @property
@@ -28,6 +33,20 @@ class Forward(Protocol):
         """After the last position that is there, (V,), or after every one, (S, V).
 
         ids: (1, S) int32; at: the position of the first one and `rows`, (2,) int32"""
+
+    def batch_rows(self, new: Mapping[int, Place], slots: int) -> Mapping[int, Place]:
+        """What a step of a batch computes, by slot and in this order: `new`, and what else must."""
+
+    def batch_symbols(self, rows: Mapping[int, Place], caches: Sequence[KVCache]) -> Any:
+        """As `symbols`, for `batch_logits`."""
+
+    def batch_logits(
+        self, ids: Tensor, at: Tensor, caches: Sequence[KVCache], *symbols: Any
+    ) -> Tensor:
+        """After the one new position of each row: (B, V).
+
+        ids: (1, B) int32; at: (2 + 2 B,) int32: 0, how many rows there are, and of each its
+        position and its slot"""
 
 
 class Lowered:
@@ -45,11 +64,29 @@ class Lowered:
 
     def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
         start_pos, last_row = symbols
-        x = self.model.hidden(ids, cache, start_pos)  # (1, S, D)
+        x = self.model.hidden(ids, [cache], [start_pos])  # (1, S, D)
         if every:
             return self.model.logits(x)[0]  # (S, V)
         row = x[:, last_row : last_row + 1]  # the head is large: for the wanted row alone
         return self.model.logits(row).flatten()  # (V,)
+
+    def batch_rows(self, new: Mapping[int, Place], slots: int) -> Mapping[int, Place]:
+        """All slots: what those that are free compute is read by nothing."""
+        return {slot: new.get(slot, (0, 0)) for slot in range(slots)}
+
+    def batch_symbols(
+        self, rows: Mapping[int, Place], caches: Sequence[KVCache]
+    ) -> tuple[UOp, ...]:
+        return tuple(
+            UOp.variable(f"start_pos_{slot}", 0, caches[slot].capacity - 1).bind(position)
+            for slot, (_, position) in rows.items()
+        )
+
+    def batch_logits(
+        self, ids: Tensor, at: Tensor, caches: Sequence[KVCache], *symbols: Any
+    ) -> Tensor:
+        x = self.model.hidden(ids.reshape(-1, 1), caches, symbols)  # (B, 1, D)
+        return self.model.logits(x)[:, 0]
 
 
 class Fast:
@@ -71,15 +108,39 @@ class Fast:
         return ()
 
     def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
+        return self._logits(ids, at, [cache], every)
+
+    def batch_rows(self, new: Mapping[int, Place], slots: int) -> Mapping[int, Place]:
+        """No others."""
+        return new
+
+    def batch_symbols(self, rows: Mapping[int, Place], caches: Sequence[KVCache]) -> tuple[()]:
+        return ()
+
+    def batch_logits(
+        self, ids: Tensor, at: Tensor, caches: Sequence[KVCache], *symbols: Any
+    ) -> Tensor:
+        return self._logits(ids, at, caches, every=True, batch=True)
+
+    def _logits(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        caches: Sequence[KVCache],
+        every: bool,
+        batch: bool = False,
+    ) -> Tensor:
         from qwen3_tg_cpu import MOST_ALIKE
 
         model = self.model
-        # few positions are those of a verification: to be what they would be one by one
+        # few positions are those of a verification or a batch: to be what they would be one by one
         alike = int(ids.shape[1]) <= MOST_ALIKE
-        steps = self.kernels.steps(ids, at, model.config.rms_norm_eps, alike)
+        steps = self.kernels.steps(ids, at, model.config.rms_norm_eps, alike, batch)
         x = steps.embed(model.embed_tokens.weight)
-        for (attention, mlp), kv in zip(self._layers, cache.layers, strict=True):
-            x = steps.attention(x, attention, model.rope, kv.k, kv.v)
+        for i, (attention, mlp) in enumerate(self._layers):
+            layers = [cache.layers[i] for cache in caches]
+            keys, values = [layer.k for layer in layers], [layer.v for layer in layers]
+            x = steps.attention(x, attention, model.rope, keys, values)
             x = steps.experts(x, mlp) if mlp.router else steps.mlp(x, mlp)
         logits: Tensor = steps.head(x, self._norm, model.lm_head.weight, every)
         return logits

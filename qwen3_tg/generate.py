@@ -20,7 +20,8 @@ from numbers import Integral
 import numpy as np
 
 from qwen3_tg.config import ModelConfig
-from qwen3_tg.device import Policy
+from qwen3_tg.device import Policy, free_memory
+from qwen3_tg.device.names import gib
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
 from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
@@ -29,8 +30,8 @@ from qwen3_tg.linear import DTYPES
 from qwen3_tg.pace import LENGTHS
 from qwen3_tg.sampling import Sampling, Seen, sample
 from qwen3_tg.shelf import WORTH, Kept, Shelf, common_prefix, is_continued, is_lost
-from qwen3_tg.speculate import Speculation
-from qwen3_tg.step_graph import StepGraph
+from qwen3_tg.speculate import Model, Speculation
+from qwen3_tg.step_graph import BatchGraph, StepGraph
 from qwen3_tg.tuning import Tuning
 
 # Positions whose logits are computed together where all are wanted: they are large.
@@ -38,7 +39,7 @@ _EVERY_CHUNK = 64
 # And where guesses are looked at: one width, so that there is one graph.
 _FEW = LENGTHS[-1] + 1
 # tinygrad captures and schedules for a whole process: one thread computes at a time.
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 
 
 class Engine:
@@ -60,14 +61,15 @@ class Engine:
     ):
         self.context = context
         self.forward, self.kernels, self._vocab_size = forward, kernels, config.vocab_size
+        self._config, self._policy = config, policy
         self._device, self._chunk = policy.device, policy.prefill_chunk
         # around the capture of a graph; `qwen3 tune` searches instead
         self.lowering: Callable[[], AbstractContextManager[None]] = tuning.applied
         # The last chunk of a full context reaches past its end with padding.
-        limit = context + policy.prefill_chunk
-        self._cache = KVCache(config, limit, DTYPES[policy.kv_dtype], policy.device)
+        self._cache = self.new_cache(context + policy.prefill_chunk)
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
         self._prompt = 0  # how many of them were the last prompt
+        self._is_of_batch = False  # they go on in a slot of a batch
         self.shelf = Shelf(shelf_bytes)
         # ids guessed to follow those, with the logits after each: theirs are written, but held only
         # once they are asked for, so that guesses change nothing that is reused later
@@ -80,9 +82,31 @@ class Engine:
         """Positions that the cache has room for at present; it grows up to the context."""
         return self._cache.capacity
 
+    def new_cache(self, limit: int) -> KVCache:
+        """An empty cache that grows up to so many positions."""
+        policy = self._policy
+        return KVCache(self._config, limit, DTYPES[policy.kv_dtype], policy.device)
+
+    def new_caches(self, count: int) -> list[KVCache]:
+        """Those of a batch. Raises DeviceError where there is no memory for them."""
+        caches = [self.new_cache(self.context) for _ in range(count)]
+        needed = count * sum(self._cache.row_bytes) // len(self._policy.devices)
+        needed *= caches[0].capacity
+        free = free_memory(self._device)
+        if free is not None and needed > free:
+            raise DeviceError(
+                f"the caches of a batch of {count} take {gib(needed)}, and {gib(free)} of memory "
+                f"are free on {self._device}: take a smaller batch"
+            )
+        return caches
+
+    def batch_graph(self, caches: Sequence[KVCache]) -> BatchGraph:
+        """A step of a batch with these caches."""
+        return BatchGraph(self.forward, caches, self._device)
+
     def missing(self, ids: Sequence[int]) -> int:
         """How many of `ids` next_logits has to compute: none where the last one was guessed."""
-        with _ONE_AT_A_TIME:  # another thread may be changing what is cached
+        with ONE_AT_A_TIME:  # another thread may be changing what is cached
             if self._was_guessed(list(ids)):
                 return 0
             shared = common_prefix(self._cached_ids, list(ids))
@@ -98,7 +122,7 @@ class Engine:
     def computed(self, ids: Sequence[int]) -> tuple[int, int]:
         """The longest beginning of `ids` whose keys and values are there: how many tokens, and
         bytes."""
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             shared = common_prefix(self._cached_ids, list(ids))
             found = self.shelf.find(list(ids), shared + 1)
             n = found[1] if found else shared
@@ -106,7 +130,7 @@ class Engine:
 
     def give(self, ids: Sequence[int]) -> Kept | None:
         """A copy of that beginning; None where there is none."""
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             shared = common_prefix(self._cached_ids, list(ids))
             if found := self.shelf.find(list(ids), shared + 1):
                 return found[0].first(found[1])
@@ -118,7 +142,7 @@ class Engine:
         """Put a text that `give` gave, of this model and computed in these types, on the shelf.
         False where it takes more than `shelf_bytes`."""
         assert [array.shape[1] for array in text.rows] == self.row_bytes
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return self.shelf.keep(text.ids, text.prompt, text.nbytes, lambda: text.rows)
 
     def next_logits(self, ids: Sequence[int], guess: Sequence[int] = ()) -> np.ndarray:
@@ -127,8 +151,16 @@ class Engine:
         Where only the last id is missing, those after each of a `guess` of what follows are
         computed with it, as far as they fit: asked for next, they are there.
         Raises ContextError if they do not fit, UsageError for none or ids out of range."""
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return self._next_logits(list(ids), list(guess)[: self._size("few") - 1])
+
+    def read_for_batch(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits after a prompt that goes on elsewhere, and a copy of its rows, as KVCache.rows
+        gives them. Its beginning is used by the next one that shares it, but never kept."""
+        with ONE_AT_A_TIME:
+            logits = self._next_logits(list(ids), [])
+            self._is_of_batch = True
+            return logits, self._cache.rows(len(ids))
 
     def _next_logits(self, ids: list[int], guess: list[int]) -> np.ndarray:
         self._check_length(ids)
@@ -185,9 +217,10 @@ class Engine:
 
     def _shelve(self, shared: int) -> None:
         ids, prompt = self._cached_ids, min(self._prompt, len(self._cached_ids))
-        if is_lost(len(ids), prompt, shared):
+        if not self._is_of_batch and is_lost(len(ids), prompt, shared):
             nbytes = len(ids) * sum(self._cache.row_bytes)
             self.shelf.keep(ids, prompt, nbytes, lambda: self._cache.rows(len(ids)))
+        self._is_of_batch = False
 
     def _look_ahead(self, new: list[int], start: int) -> np.ndarray:
         """Logits after the first of new ids; those after the others are kept for when they are
@@ -203,7 +236,7 @@ class Engine:
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after every one of `ids`: (S, V) float32. Errors as for next_logits."""
-        with _ONE_AT_A_TIME:
+        with ONE_AT_A_TIME:
             return self._all_logits(list(ids))
 
     def _all_logits(self, ids: list[int]) -> np.ndarray:
@@ -257,22 +290,28 @@ class Engine:
         if not known:
             size, every = self._size(kind), kind in ("all", "few")
             self._graphs[kind] = StepGraph(self.forward, self._cache, self._device, size, every)
-        with nullcontext() if known else self._capturing():
+        with nullcontext() if known else self.capturing():
             logits = self._graphs[kind](new, start)
-        if not known:
-            self.captures += 1
-            self.kernels.save()
-        if not np.isfinite(logits).all():
-            raise DeviceError(
-                f"{self._device} gave logits that are not finite numbers: the weights are damaged, "
-                "or numbers overflow there; try --dtype float32, or another --device"
-            )
+        if problem := self.problem(logits):
+            raise problem
         return logits
 
     @contextmanager
-    def _capturing(self) -> Iterator[None]:
+    def capturing(self) -> Iterator[None]:
+        """Around the first run of a graph."""
         with self.kernels.reporting(), self.lowering():
             yield
+        self.captures += 1
+        self.kernels.save()
+
+    def problem(self, logits: np.ndarray) -> DeviceError | None:
+        """What is wrong with logits that are not numbers."""
+        if np.isfinite(logits).all():
+            return None
+        return DeviceError(
+            f"{self._device} gave logits that are not finite numbers: the weights are damaged, "
+            "or numbers overflow there; try --dtype float32, or another --device"
+        )
 
 
 @dataclass(frozen=True)
@@ -301,7 +340,7 @@ class Generation(Iterator[int]):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Model,
         prompt: Sequence[int],
         max_new_tokens: int | None,
         sampling: Sampling,
@@ -323,6 +362,11 @@ class Generation(Iterator[int]):
         self.stop_id: int | None = None
         self.on_step: OnStep | None = None
         self.allow: Callable[[Sequence[int]], np.ndarray | None] | None = None
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The prompt and all since."""
+        return self._ids
 
     @property
     def new_ids(self) -> list[int]:
@@ -347,7 +391,7 @@ class Generation(Iterator[int]):
             how = self.sampling, self._seen, self._ids, allowed
             self.on_step(Step(self.new_tokens, id, logits, *how))
         if self.new_tokens == 0:
-            self.first_token_s = time.perf_counter() - began
+            self.first_token_s += time.perf_counter() - began
         else:
             self.later_tokens_s += time.perf_counter() - began
         if id in self._stop_ids:
@@ -371,6 +415,13 @@ class Generation(Iterator[int]):
             seen = Seen(answer=seen.answer + Counter(ahead))
             seen.prompt = self._seen.prompt
         return sample(logits, self.sampling, self.new_tokens + len(ahead), seen)
+
+    def waited(self, seconds: float) -> None:
+        """Count time that the logits of the next token took elsewhere."""
+        if self.new_tokens == 0:
+            self.first_token_s += seconds
+        else:
+            self.later_tokens_s += seconds
 
     def insert(self, ids: Sequence[int]) -> list[int]:
         """Continue as if these ids had been generated, as far as they fit; returns those."""

@@ -25,10 +25,10 @@ from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import ChatError, CheckpointError, UsageError, check_count
 from qwen3_tg.overflow import fit
-from qwen3_tg.reply import THINK, End, Piece, ReplyParser
+from qwen3_tg.reply import THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.reply_loop import ReplyLoop
 from qwen3_tg.sampling import Sampling
-from qwen3_tg.speculate import Draft, Lookup, Speculation, check_vocabulary
+from qwen3_tg.speculate import Draft, Lookup, Model, Speculation, check_vocabulary
 from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.structured import Allowed, Constraint, vocabulary
 from qwen3_tg.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ from qwen3_tg.tools import Tool, Toolbox, schemas_of
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+    from qwen3_tg.batch import Batch
     from qwen3_tg.generate import Generation, OnStep
     from qwen3_tg.loop_guard import OnNotice
 
@@ -46,8 +47,6 @@ Tools = Sequence[Mapping[str, Any] | Callable[..., Any] | Tool]
 
 # Of conversations other than the last one, in the host's memory.
 PREFIX_CACHE_BYTES = 2**30
-# Added to a seed for another draw, it is far from any other seed that a user gives.
-ANOTHER_SEED = 2**64
 
 
 def load(
@@ -320,20 +319,23 @@ class LLM:
         max_new_tokens: int | None = None,
         sampling: Sampling = Sampling(temperature=0),
         stop_ids: Collection[int] | None = None,
+        model: Model | None = None,
     ) -> Generation:
         """The ids that follow, one by one, without the stop id. `max_new_tokens` None: as many as
-        the context holds. `stop_ids` None: the checkpoint's own; (): none.
+        the context holds. `stop_ids` None: the checkpoint's own; (): none. `model` gives the logits
+        in place of the engine, for one of many generations at once.
 
         Raises UsageError or ContextError."""
         from qwen3_tg.generate import Generation
 
         stop_ids = self.stop_ids if stop_ids is None else stop_ids
         speculation = None
-        if self.draft:
+        if self.draft and model is None:
             speculation = Speculation(Draft(self.draft._engine))
-        elif self.speculate:
+        elif self.speculate and model is None:
             speculation = Speculation(Lookup())
-        return Generation(self._engine, ids, max_new_tokens, sampling, stop_ids, speculation)
+        model = model or self._engine
+        return Generation(model, ids, max_new_tokens, sampling, stop_ids, speculation)
 
     def generate(
         self,
@@ -352,28 +354,55 @@ class LLM:
         Gives whole characters only. `sampling` None: the checkpoint's advice. `on_end` is told how
         it ended, `on_step` how each token was chosen, `on_notice` what the loop guard did. With a
         `constraint` all that is new has its form, or UnfinishedError is raised."""
+        loop = self.completion(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            on_step=on_step,
+            loop_guard=loop_guard,
+            on_notice=on_notice,
+            constraint=constraint,
+        )
+
+        def stream() -> Iterator[str]:
+            for piece in loop:
+                if isinstance(piece, Text):
+                    yield piece.text
+                elif isinstance(piece, End) and on_end:
+                    on_end(piece)
+
+        return stream()
+
+    def completion(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        on_step: OnStep | None = None,
+        loop_guard: bool = True,
+        on_notice: OnNotice | None = None,
+        constraint: Constraint | None = None,
+        model: Model | None = None,
+    ) -> ReplyLoop:
+        """The same as pieces, Text and End. `model` as for generate_ids."""
         from qwen3_tg.loop_guard import LoopGuard
 
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
-        strings = StopStrings(stop)
-        tokenizer = self._need_tokenizer()
-        generation = self.generate_ids(
-            tokenizer.encode(prompt), max_new_tokens, sampling or self.default_sampling()
-        )
+        check_count("max_new_tokens", max_new_tokens, least=1)
+        strings, tokenizer = StopStrings(stop), self._need_tokenizer()
+        sampling = sampling or self.default_sampling()
+        generation = self.generate_ids(tokenizer.encode(prompt), None, sampling, model=model)
         generation.on_step = on_step
         allowed = self._allow(generation, constraint, stop, None)
         guard = LoopGuard(generation, on_notice) if loop_guard else None
-
-        loop = ReplyLoop(generation, tokenizer, strings, guard, allowed)
-
-        def stream() -> Iterator[str]:
-            yield from loop.text()
-            if on_end:
-                on_end(loop.end())
-            loop.check_form()
-
-        return stream()
+        parser = ReplyParser(in_thinking=False, tools=False)
+        parser.take_text()
+        limits = None, max_new_tokens
+        return ReplyLoop(generation, tokenizer, parser, strings, guard, allowed, *limits)
 
     def chat(
         self,
@@ -390,8 +419,9 @@ class LLM:
         loop_guard: bool = True,
         on_notice: OnNotice | None = None,
         constraint: Constraint | None = None,
+        model: Model | None = None,
         **template_kwargs: Any,
-    ) -> Iterator[Piece]:
+    ) -> ReplyLoop:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
 
         `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
@@ -423,15 +453,16 @@ class LLM:
         if in_thinking and not thinking:
             raise UsageError("this model always thinks: its template has no switch for it")
         sampling = sampling or self.default_sampling(thinking=thinking)
-        generation = self.generate_ids(ids, None, sampling)
+        generation = self.generate_ids(ids, None, sampling, model=model)
         generation.on_step = on_step
         may_think = thinking and self.can_choose_to_think
         allowed = self._allow(generation, constraint, stop, schemas, in_thinking, may_think)
         parser = ReplyParser(in_thinking, tools=bool(tools))
         strings = StopStrings(stop)
         guard = LoopGuard(generation, on_notice) if loop_guard else None
-        loop = ReplyLoop(generation, self._need_tokenizer(), strings, guard, allowed)
-        return loop.pieces(parser, thinking_budget, max_new_tokens)
+        limits = thinking_budget, max_new_tokens
+        tokenizer = self._need_tokenizer()
+        return ReplyLoop(generation, tokenizer, parser, strings, guard, allowed, *limits)
 
     def chat_with_tools(
         self,
@@ -452,12 +483,27 @@ class LLM:
         chosen = sampling or self.default_sampling(thinking=thinking)
 
         def ask(messages: Sequence[Message], rounds: int) -> Iterator[Piece]:
-            # other random numbers for each turn, far from those of any other seed a user gives
-            seed = (chosen.seed + rounds * 2**96) % 2**128
-            again = replace(chosen, seed=seed)
+            again = chosen.next_turn(rounds)
             return self.chat(messages, toolbox.schemas, thinking, sampling=again, **options)
 
         return ToolLoop(ask, messages, toolbox, max_rounds)
+
+    def batch(self, size: int = 8) -> Batch:
+        """For many conversations or texts, up to `size` at once: more tokens in the same time.
+
+            for answer in llm.batch().answers(conversations, max_new_tokens=100): ...
+
+        On a CPU's own kernels a batch of up to 8 gives what each would be alone, bit by bit."""
+        from qwen3_tg.batch import Batch
+
+        def start(
+            what: Sequence[Message] | str, model: Model, options: dict[str, Any]
+        ) -> ReplyLoop:
+            if isinstance(what, str):
+                return self.completion(what, model=model, **options)
+            return self.chat(what, model=model, **options)
+
+        return Batch(self._engine, size, start, self.default_sampling)
 
     def _encode(
         self,

@@ -7,7 +7,8 @@ Names are those of the checkpoint: `self.layers[3].self_attn.q_proj` holds the t
 model.layers.3.self_attn.q_proj.weight. Axes: B batch, S new positions, T all positions so far,
 H query heads, K key/value heads, G = H / K query heads that share one key/value head, Hd head
 size, D hidden, F intermediate, V vocabulary, E experts, k of them chosen. `start_pos` is the
-position of the first new token; it is symbolic, so that one compiled graph serves every position.
+position of the first new token, of each row of a batch its own; it is symbolic, so that one
+compiled graph serves every position.
 
 Nothing here reads files, chooses devices or samples. The same model in plain numpy, in the same
 order, is backends/qwen3_tg_numpy/model.py. What it computes is transformers' Qwen3ForCausalLM
@@ -16,7 +17,7 @@ and Qwen3MoeForCausalLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tinygrad import Tensor, UOp, dtypes, function
 from tinygrad.dtype import DType
@@ -29,6 +30,11 @@ from qwen3_tg.rope import apply_rope
 Trace = Callable[[str, Tensor], Tensor]
 """Told the name and value of each step of a block, gives the value to go on with. The names are
 those of the numpy reference; `qwen3 check` compares the two by them."""
+
+
+# Of each row of a batch.
+Caches = Sequence[LayerCache]
+Starts = Sequence[UOp]
 
 
 def no_trace(name: str, value: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ class Attention:
         self.k_norm = RMSNorm(weights[f"{name}.k_norm.weight"], config.rms_norm_eps)
 
     def __call__(
-        self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp, see: Trace = no_trace
+        self, x: Tensor, rope: Tensor, caches: Caches, start_pos: Starts, see: Trace = no_trace
     ) -> Tensor:
         """x: (B, S, D) -> (B, S, D)"""
         B, S, _ = x.shape
@@ -74,28 +80,45 @@ class Attention:
         q = see("q_proj", self.q_proj(x)).reshape(B, S, H, Hd)
         k = see("k_proj", self.k_proj(x)).reshape(B, S, K, Hd)
         v = see("v_proj", self.v_proj(x)).reshape(B, S, K, Hd)
-        # 2. Normalise each head, then rotate it by its position.
+        # 2. Normalise each head.
         q, k = see("q_norm", self.q_norm(q)), see("k_norm", self.k_norm(k))
+        # 3. Attend: each row of a batch has a cache and a position of its own.
+        qkv = [q, k, v] if B == 1 else [whole.contiguous() for whole in (q, k, v)]
+        mixes = [
+            self.attend([whole[b : b + 1] for whole in qkv], rope, caches[b], start_pos[b], see)
+            for b in range(B)
+        ]
+        mix = see("mix", mixes[0].cat(*mixes[1:]))
+        # 4. Project back.
+        return see("o_proj", self.o_proj(mix))
+
+    def attend(
+        self, qkv: list[Tensor], rope: Tensor, cache: LayerCache, start_pos: UOp, see: Trace
+    ) -> Tensor:
+        """One row of a batch. q: (1, S, H, Hd); k, v: (1, S, K, Hd) -> (1, S, H Hd)"""
+        q, k, v = qkv
+        S, dtype = int(q.shape[1]), q.dtype
+        H, K, Hd = self.num_heads, self.num_kv_heads, self.head_dim
+        # 1. Rotate each head by its position.
         q = see("q_rope", apply_rope(q, rope, start_pos))
         k = see("k_rope", apply_rope(k, rope, start_pos))
-        # 3. Store the new keys and values, and take all of them so far.
-        k, v = cache.update(k, v, start_pos)  # (B, T, K, Hd)
+        # 2. Store the new keys and values, and take all of them so far.
+        k, v = cache.update(k, v, start_pos)  # (1, T, K, Hd)
         T = start_pos + S
-        # 4. Scores: query heads kG ... kG+G-1 read key/value head k.
-        q = q.reshape(B, S, K, H // K, Hd).permute(0, 2, 3, 1, 4)  # (B, K, G, S, Hd)
-        k = k.permute(0, 2, 3, 1).reshape(B, K, 1, Hd, T)
-        v = v.permute(0, 2, 1, 3).reshape(B, K, 1, T, Hd)
-        scores = see("scores", q.float().dot(k.float()) * Hd**-0.5)  # (B, K, G, S, T)
-        # 5. Causal mask: the query at start_pos + s reads positions 0 ... start_pos + s.
+        # 3. Scores: query heads kG ... kG+G-1 read key/value head k.
+        q = q.reshape(1, S, K, H // K, Hd).permute(0, 2, 3, 1, 4)  # (1, K, G, S, Hd)
+        k = k.permute(0, 2, 3, 1).reshape(1, K, 1, Hd, T)
+        v = v.permute(0, 2, 1, 3).reshape(1, K, 1, T, Hd)
+        scores = see("scores", q.float().dot(k.float()) * Hd**-0.5)  # (1, K, G, S, T)
+        # 4. Causal mask: the query at start_pos + s reads positions 0 ... start_pos + s.
         if S > 1:
             key_pos = Tensor.arange(cache.k.shape[1])[:T].reshape(1, T)
             query_pos = Tensor.arange(S).reshape(S, 1) + start_pos  # type: ignore[operator]
             scores = (key_pos <= query_pos).where(scores, -float("inf"))
-        # 6. Mix the values by the softmax of the scores, and project back.
+        # 5. Mix the values by the softmax of the scores.
         probs = see("probs", scores.softmax(axis=-1))
-        mix = probs.dot(v.float()).cast(x.dtype)  # (B, K, G, S, Hd)
-        mix = see("mix", mix.permute(0, 3, 1, 2, 4).reshape(B, S, H * Hd))
-        return see("o_proj", self.o_proj(mix))
+        mix = probs.dot(v.float()).cast(dtype)  # (1, K, G, S, Hd)
+        return mix.permute(0, 3, 1, 2, 4).reshape(1, S, H * Hd)
 
 
 class MLP:
@@ -170,22 +193,22 @@ class Block:
             else MLP(weights, f"{name}.mlp")
         )
 
-    def __call__(self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp) -> Tensor:
+    def __call__(self, x: Tensor, rope: Tensor, caches: Caches, start_pos: Starts) -> Tensor:
         """x: (B, S, D) -> (B, S, D)"""
 
         # `function` schedules the first block and reuses its kernels for all others
         @function(precompile=True, allow_implicit=True)
-        def block(x: Tensor, start_pos: UOp) -> Tensor:
-            return self.steps(x, rope, cache, start_pos).contiguous()
+        def block(x: Tensor, *start_pos: UOp) -> Tensor:
+            return self.steps(x, rope, caches, start_pos).contiguous()
 
-        return block(x, start_pos)
+        return block(x, *start_pos)
 
     def steps(
-        self, x: Tensor, rope: Tensor, cache: LayerCache, start_pos: UOp, see: Trace = no_trace
+        self, x: Tensor, rope: Tensor, caches: Caches, start_pos: Starts, see: Trace = no_trace
     ) -> Tensor:
         """The same, scheduled with what is around it. x: (B, S, D) -> (B, S, D)"""
         normed = see("input_layernorm", self.input_layernorm(x))
-        h = see("residual", x + self.self_attn(normed, rope, cache, start_pos, see))
+        h = see("residual", x + self.self_attn(normed, rope, caches, start_pos, see))
         normed = see("post_attention_layernorm", self.post_attention_layernorm(h))
         return h + self.mlp(normed, see)
 
@@ -209,13 +232,13 @@ class Qwen3:
             else Linear(weights["lm_head.weight"])
         )
 
-    def hidden(self, ids: Tensor, cache: KVCache, start_pos: UOp) -> Tensor:
-        """Embedding and blocks; writes the new positions into the cache.
+    def hidden(self, ids: Tensor, caches: Sequence[KVCache], start_pos: Starts) -> Tensor:
+        """Embedding and blocks; writes the new positions of each row into its cache.
 
         ids: (B, S) -> (B, S, D)"""
         x = self.embed_tokens(ids, self.dtype)
-        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = block(x, self.rope, layer_cache, start_pos)
+        for i, block in enumerate(self.layers):
+            x = block(x, self.rope, [cache.layers[i] for cache in caches], start_pos)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

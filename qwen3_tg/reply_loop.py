@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from qwen3_tg.reply import END_THINK, End, Piece, ReplyParser, Text
@@ -25,44 +26,44 @@ BUDGET_SPENT = (
 
 
 @dataclass
-class ReplyLoop:
-    """What a reply is made of: the ids, how they read, and what may end it. `allowed` is set where
-    it must have a form."""
+class ReplyLoop(Iterator[Piece]):
+    """The pieces of a reply, End at last. Raises UnfinishedError after it where the form that the
+    answer must have was not reached.
+
+    It is made of ids, how they read, and what may end it: `thinking_budget` and `max_new_tokens`
+    are tokens of thinking and of the answer; `allowed` is set where it must have a form."""
 
     generation: Generation
     tokenizer: Tokenizer
+    parser: ReplyParser
     strings: StopStrings
     guard: LoopGuard | None = None
     allowed: Allowed | None = None
+    thinking_budget: int | None = None
+    max_new_tokens: int | None = None
 
-    def text(self) -> Iterator[str]:
-        """Plain text, whole characters."""
-        decoder = self.tokenizer.stream()
-        for id in self.generation:
-            if text := self.strings.push(decoder.push(id)):
-                yield text
-            if self.strings.found:
-                return
-            if self.guard and self.guard.push(id, thinking=False) == "stop":
-                self.generation.stop_reason = "loop"
-        if text := self.strings.push(decoder.flush()) + self.strings.flush():
-            yield text
+    def __post_init__(self) -> None:
+        self._pieces = chain.from_iterable(self.steps())
 
-    def pieces(
-        self, parser: ReplyParser, thinking_budget: int | None, max_new_tokens: int | None
-    ) -> Iterator[Piece]:
-        """The pieces of a turn of a chat, End at last. Raises UnfinishedError after it where the
-        form that the answer must have was not reached."""
-        generation, decoder = self.generation, self.tokenizer.stream()
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def steps(self) -> Iterator[list[Piece]]:
+        """The same, as they become certain token by token: each `next` draws one at most, and none
+        where ids are put in instead. For one who does not take the pieces themselves."""
+        generation, parser, decoder = self.generation, self.parser, self.tokenizer.stream()
+        budget = self.thinking_budget
         thought = 0  # tokens of thinking; its tags are not among them
         not_answer = 0  # tokens before the answer
         while True:
-            if parser.thinking and thinking_budget is not None and thought >= thinking_budget:
+            if parser.thinking and budget is not None and thought >= budget:
                 ids = generation.insert(self.tokenizer.encode(BUDGET_SPENT))
-                yield from self._cut(parser.push("".join(map(decoder.push, ids))))
+                yield self._cut(parser.push("".join(map(decoder.push, ids))))
                 not_answer = generation.new_tokens
             generation.max_new_tokens = (
-                None if parser.thinking or max_new_tokens is None else not_answer + max_new_tokens
+                None
+                if parser.thinking or self.max_new_tokens is None
+                else not_answer + self.max_new_tokens
             )
             was_thinking = parser.thinking
             id = next(generation, None)
@@ -70,7 +71,7 @@ class ReplyLoop:
                 break
             if self.allowed and self.allowed.answering:
                 parser.take_text()
-            yield from self._cut(parser.push(decoder.push(id)))
+            yield self._cut(parser.push(decoder.push(id)))
             if parser.thinking or was_thinking:
                 thought += was_thinking and parser.thinking
                 not_answer = generation.new_tokens
@@ -78,29 +79,32 @@ class ReplyLoop:
                 break
             advice = self.guard.push(id, parser.thinking) if self.guard else ""
             if advice == "close":
-                thinking_budget = thought
+                budget = thought
             elif advice == "stop":
                 generation.stop_reason = "loop"
         if not self.strings.found:
-            yield from self._cut(parser.push(decoder.flush()) + parser.finish())
+            yield self._cut(parser.push(decoder.flush()) + parser.finish())
             if held := self.strings.flush():
-                yield Text(held)
-        yield self.end(thought, not_answer)
-        self.check_form()
+                yield [Text(held)]
+        yield [self._end(thought, not_answer)]
+        if self.allowed:
+            self.allowed.finish(generation.new_ids, generation.stop_reason or "")
 
-    def _cut(self, pieces: list[Piece]) -> Iterator[Piece]:
+    def _cut(self, pieces: list[Piece]) -> list[Piece]:
         """Stop strings end the answer; they mean nothing in thinking and tool calls."""
+        kept: list[Piece] = []
         for piece in pieces:
             if not isinstance(piece, Text):
                 if held := self.strings.flush():
-                    yield Text(held)
-                yield piece
+                    kept.append(Text(held))
+                kept.append(piece)
             elif text := self.strings.push(piece.text):
-                yield Text(text)
+                kept.append(Text(text))
             if self.strings.found:
-                return
+                break
+        return kept
 
-    def end(self, thinking_tokens: int = 0, not_answer: int = 0) -> End:
+    def _end(self, thinking_tokens: int, not_answer: int) -> End:
         """How it ended, with counts and times."""
         generation, speculation = self.generation, self.generation.speculation
         return End(
@@ -114,8 +118,3 @@ class ReplyLoop:
             right_guesses=speculation.right if speculation else 0,
             gain=speculation.gain if speculation else None,
         )
-
-    def check_form(self) -> None:
-        """Raises UnfinishedError where the reply must have a form and has not."""
-        if self.allowed:
-            self.allowed.finish(self.generation.new_ids, self.generation.stop_reason or "")

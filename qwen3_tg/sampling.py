@@ -74,6 +74,16 @@ class Sampling:
             if not isinstance(bias, Real) or math.isnan(bias) or bias == math.inf:
                 raise UsageError(f"logit_bias of {id} must be a number or -inf, found {bias!r}")
 
+    def another(self, number: int) -> Sampling:
+        """For the number-th of several answers with one seed: the same, with random numbers far
+        from those of any other seed that a user gives."""
+        return replace(self, seed=(self.seed + number * 2**64) % 2**128)
+
+    def next_turn(self, number: int) -> Sampling:
+        """For the number-th turn of one answer that calls tools: the same, and far from those of
+        `another`."""
+        return replace(self, seed=(self.seed + number * 2**96) % 2**128)
+
 
 class Seen:
     """The tokens before the next one: those of the prompt, and how often each is in the answer."""

@@ -9,7 +9,7 @@ to see what a changing first call would do. Ours never changes, and each such ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from tinygrad import Tensor, TinyJit, dtypes
 from qwen3_tg.buffers import read, write
 from qwen3_tg.device import as_default
 from qwen3_tg.device.names import each
-from qwen3_tg.forward import Forward
+from qwen3_tg.forward import Forward, Place
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.placement import empty
 
@@ -49,6 +49,36 @@ class StepGraph:
             logits = self._step(*symbols)
         found = read(logits)  # where the next step writes to
         return found[: len(new)].copy() if self._every else found.copy()
+
+
+class BatchGraph:
+    """One new position of each of some sequences, whose caches these are."""
+
+    def __init__(self, forward: Forward, caches: Sequence[KVCache], device: str):
+        self._forward, self._caches, self._device = forward, caches, device
+        B = len(caches)
+        self._ids = empty((1, B), dtypes.int32, each(device))
+        self._at = empty((2 + 2 * B,), dtypes.int32, each(device))
+
+        def step(*symbols: Any) -> Tensor:
+            logits = forward.batch_logits(self._ids, self._at, caches, *symbols)
+            return logits.to(each(device)[0]).realize()
+
+        self._step: Callable[..., Tensor] = capture_at_once(step)
+
+    def __call__(self, new: Mapping[int, Place]) -> dict[int, np.ndarray]:
+        """The logits, (V,) float32, after the id and position given for each of some slots."""
+        rows = self._forward.batch_rows(new, len(self._caches))
+        ids = np.zeros(len(self._caches), dtype=np.int32)
+        ids[: len(rows)] = [id for id, _ in rows.values()]
+        at = np.zeros((1 + len(ids), 2), dtype=np.int32)
+        at[0, 1] = len(rows)
+        at[1 : 1 + len(rows)] = [(position, slot) for slot, (_, position) in rows.items()]
+        write(self._ids, ids)
+        write(self._at, at)
+        with as_default(self._device):
+            logits = read(self._step(*self._forward.batch_symbols(rows, self._caches)))
+        return {slot: logits[n].copy() for n, slot in enumerate(rows) if slot in new}
 
 
 def capture_at_once(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -12,10 +12,21 @@
 typedef struct {
     int heads, kv_heads, head_dim, cache_type;
     i64 start, positions, row;  // row: floats of q, k and v of one position side by side
+    const i32 *rows;            // in a batch, position and slot of each; else 0
+    const i64 *k_slots, *v_slots;  // and where the caches of each slot are
     float *qkv, *out;           // q is read from qkv and already turned
     u8 *k_cache, *v_cache;      // (capacity, kv_heads, head_dim)
     float *parts;               // (parts, heads, head_dim + 2)
 } Attention;
+
+// The position of the s-th new one.
+ALWAYS i64 position_of(const Attention *a, i64 s) { return a->rows ? a->rows[2 * s] : a->start + s; }
+
+// Let the caches be those of the s-th new position.
+ALWAYS void choose_caches(Attention *a, i64 s) {
+    if (!a->rows) return;
+    a->k_cache = (u8 *)a->k_slots[a->rows[2 * s + 1]], a->v_cache = (u8 *)a->v_slots[a->rows[2 * s + 1]];
+}
 
 ALWAYS i64 type_size(int type) { return type == F32 ? 4 : 2; }
 

@@ -167,25 +167,31 @@ class Kernels:
         """What `room` gave the address of, as float32."""
         return self._scratch[name].view(np.float32)
 
-    def steps(self, ids: Tensor, at: Tensor, eps: float, alike: bool = False) -> Steps:
+    def steps(
+        self, ids: Tensor, at: Tensor, eps: float, alike: bool = False, batch: bool = False
+    ) -> Steps:
         """An empty list. ids: (1, S) int32; at: (2,) int32, the position of the first new token,
         and how many of the S are there; `eps` is that of all norms.
 
         `alike`: of each position, of at most MOST_ALIKE, to the last bit what a kernel for it alone
         gives. Without it several positions are computed in another order, which is faster for many,
-        and their activations are never rounded."""
-        return Steps(self, ids, at, eps, alike)
+        and their activations are never rounded. `batch`: the S are of as many sequences, each with
+        caches of its own; `at` is (2 + 2 S,) then: 0, how many are there, and of each of these its
+        position and its slot, which is the number of its caches."""
+        return Steps(self, ids, at, eps, alike, batch)
 
 
 class Steps:
     """One kernel in the making, for a sequence of S new positions. x, what the layers hand on, is
     an address of (S, D) float32."""
 
-    def __init__(self, kernels: Kernels, ids: Tensor, at: Tensor, eps: float, alike: bool):
+    def __init__(
+        self, kernels: Kernels, ids: Tensor, at: Tensor, eps: float, alike: bool, batch: bool
+    ):
         self._kernels, self._ids, self._at, self._eps = kernels, ids, at, _bits(eps)
         self._S = int(ids.shape[1])
         assert not alike or self._S <= MOST_ALIKE
-        self._alike = alike or self._S == 1
+        self._alike, self._batch = alike or self._S == 1, batch
         self._flags = (_EXACT if kernels.exact else 0) | (_ALIKE if self._alike else 0)
         self._numbers: list[int] = []
         self._nbytes = self._told_nbytes = 0
@@ -200,19 +206,26 @@ class Steps:
         return out
 
     def attention(
-        self, x: int, weights: AttentionWeights, rope: Tensor, k_cache: Tensor, v_cache: Tensor
+        self,
+        x: int,
+        weights: AttentionWeights,
+        rope: Tensor,
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
     ) -> int:
         """x + attention(norm(x)); the new keys and values are written to the caches, (1, capacity,
-        K, Hd) each. `rope` is (positions, Hd): cosines, then sines."""
+        K, Hd) each: one, or in a batch those of each slot. `rope` is (positions, Hd): cosines, then
+        sines."""
         H, K, D = weights.heads, weights.kv_heads, weights.q_proj.shape[1]
         Hd = weights.q_proj.shape[0] // H
         qkv, mixed = self._room("qkv", (H + 2 * K) * Hd), self._room("mixed", H * Hd)
-        alone = self._S if self._alike else 1
+        alone = self._S if self._alike or self._batch else 1
         parts = self._kernels.room("parts", alone * _MOST_PARTS * H * (Hd + 2) * 4)
         projections = [weights.q_proj, weights.k_proj, weights.v_proj]
         self._normed(x, weights.norm, projections, qkv)
-        caches = self._address(k_cache), self._address(v_cache)
-        shape = H, K, Hd, _FLOAT_TYPES[k_cache.dtype], qkv, *caches, mixed, parts
+        caches = self._slots(k_caches), self._slots(v_caches)
+        cache_type = _FLOAT_TYPES[k_caches[0].dtype]
+        shape = H, K, Hd, cache_type, qkv, *caches, mixed, parts, self._batch
         norms = (self._address(norm) for norm in (weights.q_norm, weights.k_norm))
         self._add(_CACHE, *shape, *norms, self._address(rope), self._eps)
         self._add(_ATTEND, *shape, self._flags)
@@ -348,6 +361,13 @@ class Steps:
     def _room(self, name: str, width: int) -> int:
         """The address of scratch for (S, width) numbers of four bytes."""
         return self._kernels.room(name, self._S * width * 4)
+
+    def _slots(self, caches: Sequence[Tensor]) -> int:
+        """The address of the one cache, or in a batch of the addresses of all."""
+        addresses = [self._address(cache) for cache in caches]
+        if not self._batch:
+            return addresses[0]
+        return self._address(self._kernels.keep(np.array(addresses, dtype=np.int64)))
 
     def _address(self, tensor: Tensor) -> int:
         buffer: Any = tensor.uop.base.buffer

@@ -18,6 +18,7 @@ typedef struct {
     int thread;
     const i64 *step;       // its numbers, without the first
     i64 start, positions;  // of the first new token; how many there are
+    const i32 *rows;       // in a batch: of each its position and its slot in the caches
 } Task;
 
 // Memory of this thread alone, kept for the next step.
@@ -190,32 +191,36 @@ static void linear(const Task *t) {
     }
 }
 
-// heads, key/value heads, size of a head, type of the caches, q k v, keys, values, out, parts
+// heads, key/value heads, size of a head, type of the caches, q k v, keys, values, out, parts,
+// whether it is of a batch: keys and values are then int64 addresses, of those of each slot
 static Attention attention(const Task *t) {
     const i64 *n = t->step;
-    return (Attention){.heads = (int)n[0], .kv_heads = (int)n[1], .head_dim = (int)n[2],
-                       .cache_type = (int)n[3], .start = t->start, .positions = t->positions,
-                       .row = (n[0] + 2 * n[1]) * n[2], .qkv = at(t, 4), .k_cache = at(t, 5),
-                       .v_cache = at(t, 6), .out = at(t, 7), .parts = at(t, 8)};
+    Attention a = {.heads = (int)n[0], .kv_heads = (int)n[1], .head_dim = (int)n[2],
+                   .cache_type = (int)n[3], .start = t->start, .positions = t->positions,
+                   .row = (n[0] + 2 * n[1]) * n[2], .qkv = at(t, 4), .k_cache = at(t, 5),
+                   .v_cache = at(t, 6), .out = at(t, 7), .parts = at(t, 8)};
+    if (n[9]) a.rows = t->rows, a.k_slots = at(t, 5), a.v_slots = at(t, 6);
+    return a;
 }
 
 // QK-norm and RoPE; new keys and values go to the caches. q is scaled for the scores.
-// attention's nine, weights of q_norm and k_norm, table of RoPE, eps
+// attention's ten, weights of q_norm and k_norm, table of RoPE, eps
 static void cache(const Task *t) {
     Attention a = attention(t);
     i64 d = a.head_dim, all = a.heads + 2 * a.kv_heads;
-    float eps = as_float(t->step[12]), scale = 1.0f / __builtin_sqrtf((float)d);
+    float eps = as_float(t->step[13]), scale = 1.0f / __builtin_sqrtf((float)d);
     i64 items = a.positions * all, each = a.positions == 1 ? 4 : all;
     for (i64 first; (first = take(t->pool, (int)each)) < items;)
         for (i64 item = first; item < first + each && item < items; item++) {
-            i64 s = item / all, head = item % all, position = a.start + s, kv = head - a.heads;
-            const float *turn = (float *)at(t, 11) + position * d;
+            i64 s = item / all, head = item % all, position = position_of(&a, s), kv = head - a.heads;
+            const float *turn = (float *)at(t, 12) + position * d;
             float *x = a.qkv + s * a.row + head * d;
+            choose_caches(&a, s);
             if (head < a.heads) {
-                norm_and_turn(x, at(t, 9), turn, d, eps);
+                norm_and_turn(x, at(t, 10), turn, d, eps);
                 for (i64 i = 0; i < d; i++) x[i] *= scale;
             } else if (kv < a.kv_heads) {
-                norm_and_turn(x, at(t, 10), turn, d, eps);
+                norm_and_turn(x, at(t, 11), turn, d, eps);
                 write_cached(a.cache_type, (u8 *)cached(&a, a.k_cache, position, (int)kv), d, x);
             } else {
                 kv -= a.kv_heads;
@@ -227,7 +232,9 @@ static void cache(const Task *t) {
 // One of several positions, as if it were alone. `parts` has room for each.
 static Attention alone(const Attention *a, i64 s) {
     Attention one = *a;
-    one.start += s, one.positions = 1, one.qkv += s * a->row;
+    one.start = position_of(a, s), one.positions = 1, one.qkv += s * a->row;
+    choose_caches(&one, s);
+    one.rows = 0;
     one.out += s * a->heads * a->head_dim, one.parts += s * MOST_PARTS * a->heads * (a->head_dim + 2);
     return one;
 }
@@ -259,10 +266,10 @@ static void attend_alike(const Task *t, const Attention *a) {
     }
 }
 
-// Scores, softmax, mixed values. attention's nine, flags
+// Scores, softmax, mixed values. attention's ten, flags
 static void attend(const Task *t) {
     Attention a = attention(t);
-    if (a.positions == 1 || t->step[9] & ALIKE) {
+    if (a.positions == 1 || a.rows || t->step[10] & ALIKE) {
         attend_alike(t, &a);
         return;
     }
@@ -389,13 +396,14 @@ static void combine(const Task *t) {
     }
 }
 
-// args: the pool, the list of steps, what is written (tinygrad's business alone), start and positions
+// args: the pool, the list of steps, what is written (tinygrad's business alone), start and positions;
+// in a batch, position and slot of each follow
 static void work(Pool *pool, int thread, const u64 *args) {
     const i64 *list = (const i64 *)args[1];
     const i32 *where = (const i32 *)args[3];
     for (i64 n = 0; n < list[0]; n++) {
         const i64 *step = list + 1 + n * STEP_NUMBERS;
-        Task t = {pool, thread, step + 1, where[0], where[1]};
+        Task t = {pool, thread, step + 1, where[0], where[1], where + 2};
         switch (step[0]) {
         case EMBED: embed(&t); break;
         case NORM: norm(&t); break;

@@ -145,7 +145,7 @@ class FastLayer:
         at = Tensor(np.array([start_pos, S], dtype=np.int32), device="CPU").realize()
         steps = self._kernels.steps(ids, at, self._eps)
         x = self._kernels.room("x", padded * self._attention.q_proj.shape[1] * 4)
-        middle = steps.attention(x, self._attention, self._rope, cache.k, cache.v)
+        middle = steps.attention(x, self._attention, self._rope, [cache.k], [cache.v])
         attention_end = len(steps)
         add = steps.experts if self._mlp.router else steps.mlp
         add(middle, self._mlp)

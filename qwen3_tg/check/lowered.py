@@ -65,7 +65,7 @@ class LoweredLayer:
         given = empty((1, S, D), dtypes.float32, self._policy.devices)
 
         def step(start_pos: UOp) -> Tensor:
-            out = self._block(given.cast(dtype), self._rope, self._cache, start_pos)
+            out = self._block(given.cast(dtype), self._rope, [self._cache], [start_pos])
             # Something must follow, as more blocks do in generation: a graph of one precompiled
             # function alone keeps the position it was captured with (tinygrad 0.14.0).
             return out.flip(1).contiguous().realize()
@@ -99,7 +99,7 @@ class LoweredLayer:
     def _steps(self, x: np.ndarray, start_pos: int, see: Callable[[str, Tensor], Tensor]) -> Tensor:
         given = self._tensor(_pad(x, (self._padded(len(x)), x.shape[1]))[None])
         position: Any = start_pos  # a number does where nothing is captured
-        return self._block.steps(given, self._rope, self._own_cache, position, see)
+        return self._block.steps(given, self._rope, [self._own_cache], [position], see)
 
     def _padded(self, rows: int) -> int:
         return 1 if rows == 1 else self._policy.prefill_chunk

@@ -142,11 +142,28 @@ def _parser(command: str | None) -> _Parser:
         parser.add_argument(
             "--record", metavar="FILE", help="write down the answer for qwen3 replay"
         )
+        _add_batch(parser)
     _add_run(parser)
     _add_generation(parser)
     if command == "chat":
         _add_chat_tools(parser)
     return parser
+
+
+def _add_batch(parser: _Parser) -> None:
+    many = parser.add_argument_group("many prompts")
+    many.add_argument(
+        "--input",
+        metavar="FILE",
+        help='answer each line of it (- is stdin): a JSON text, or {"prompt": ...} or '
+        '{"messages": [...]}, with settings of its own',
+    )
+    many.add_argument(
+        "--output",
+        metavar="FILE",
+        help="a JSON line for each answer; a file that is there is gone on with (default: stdout)",
+    )
+    many.add_argument("--batch", type=int, metavar="N", help="so many at once (8)")
 
 
 def _add_run(parser: _Parser) -> None:

@@ -17,7 +17,7 @@ from qwen3_tg.cli.generate import sampling_of, with_system
 from qwen3_tg.cli.tools import NO_TOOLS, ChatTools, ToolPrinter
 from qwen3_tg.cli.turn import Message, content_of, perform
 from qwen3_tg.errors import ChatError, ContextError
-from qwen3_tg.llm import ANOTHER_SEED, LLM
+from qwen3_tg.llm import LLM
 from qwen3_tg.overflow import split_turns
 from qwen3_tg.reply import End
 
@@ -143,10 +143,8 @@ class Conversation:
             terminal.note(f"error: {e}")
             return False
         printer = ToolPrinter(lambda: self._printer(self.seed))
-        # each turn draws other random numbers, far from those of any other seed a user gives
-        seed = (self.seed + self.draws * ANOTHER_SEED) % 2**128
+        sampling = replace(sampling_of(self.options, self.llm), seed=self.seed).another(self.draws)
         self.draws += 1
-        sampling = replace(sampling_of(self.options, self.llm), seed=seed)
         said = perform(self.llm, messages, sampling, self.options, printer, self._tools)
         self.thinking = printer.thinking
         self.ends += printer.ends

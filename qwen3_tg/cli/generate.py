@@ -19,7 +19,7 @@ from qwen3_tg.cli.structured import read_constraint
 from qwen3_tg.cli.tool_files import read_tools
 from qwen3_tg.errors import UnfinishedError, UsageError, check_count
 from qwen3_tg.generate import OnStep, Step
-from qwen3_tg.llm import ANOTHER_SEED, LLM, load
+from qwen3_tg.llm import LLM, load
 from qwen3_tg.loop_guard import OnNotice
 from qwen3_tg.replay import Recording
 from qwen3_tg.reply import End, Piece, Text
@@ -27,11 +27,20 @@ from qwen3_tg.sampling import Sampling
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Answer the prompt, or with --raw continue it."""
+    """Answer the prompt, or with --raw continue it; or do so with each line of --input."""
     if options.raw:
         for name in ("system", "thinking", "thinking_budget", "allow_special", "tools"):
             if getattr(options, name) not in (None, False):
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning with --raw")
+    if options.input is not None:
+        _check_batch(options)
+        from qwen3_tg.cli import batch
+
+        batch.run(options)
+        return
+    for name in ("output", "batch"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} is for the prompts of --input FILE")
     check_sampling(options)
     if options.record:
         _check_record(Path(options.record), options.n)
@@ -48,11 +57,11 @@ def generate(options: argparse.Namespace) -> None:
         )
     problems: list[UnfinishedError] = []
     for number in range(options.n):
-        seed = (sampling.seed + number * ANOTHER_SEED) % 2**128
+        drawn = sampling.another(number)
         if options.n > 1:
-            terminal.note(f"answer {number + 1} of {options.n}, seed {seed}")
+            terminal.note(f"answer {number + 1} of {options.n}, seed {drawn.seed}")
         try:
-            _answer(llm, prompt, replace(sampling, seed=seed), options, tools)
+            _answer(llm, prompt, drawn, options, tools)
         except UnfinishedError as e:
             problems.append(e)
             if options.n > 1:
@@ -63,6 +72,20 @@ def generate(options: argparse.Namespace) -> None:
         raise UnfinishedError(f"{len(problems)} of {options.n} answers are unfinished")
     if problems:
         raise problems[0]
+
+
+def _check_batch(options: argparse.Namespace) -> None:
+    """Refuse what is for one prompt. Raises UsageError."""
+    if options.prompt:
+        raise UsageError("the prompts are those of --input: leave the one on the command line away")
+    for name, usual in (("n", 1), ("explain", False), ("record", None)):
+        if getattr(options, name) != usual:
+            raise UsageError(f"--{name} is for one prompt, not for --input")
+    for name in ("speculate", "draft"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} guesses for one prompt at a time, not for --input")
+    options.output = "-" if options.output is None else options.output
+    options.batch = 8 if options.batch is None else options.batch
 
 
 def _check_record(path: Path, answers: int) -> None:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from qwen3_tg.cli import terminal
@@ -33,9 +32,10 @@ def perform(
     were whole before it stay; where there was none there is nothing new."""
 
     def ask(messages: Sequence[Mapping[str, Any]], rounds: int) -> Iterator[Piece]:
-        again = replace(sampling, seed=(sampling.seed + rounds * 2**96) % 2**128)
         sent = with_system(messages, options)
-        return reply(llm, sent, again, options, tools.schemas, on_notice=printer.notice)
+        return reply(
+            llm, sent, sampling.next_turn(rounds), options, tools.schemas, on_notice=printer.notice
+        )
 
     turns = tools.answer(ask, messages)
     stopped: list[Message] = []

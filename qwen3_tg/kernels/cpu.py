@@ -80,7 +80,7 @@ def measured(
         at = Tensor(np.array([start, S], dtype=np.int32), device=policy.device).realize()
         steps = kernels.steps(ids, at, config.rms_norm_eps)
         x = steps.embed(embedding)
-        middle = steps.attention(x, attention, rope, cache.k, cache.v)
+        middle = steps.attention(x, attention, rope, [cache.k], [cache.v])
         out = steps.experts(middle, mlp) if mlp.router else steps.mlp(middle, mlp)
         logits = steps.head(out, norm, head, every=False)
         logits.realize()  # memory that is first used takes longer

@@ -167,7 +167,7 @@ class ModelParts:
         x = self._new(S)
         most = self._capacity - S
         start_pos: Any = UOp.variable("start_pos", 0, most).bind(min(POSITION, most))
-        return self._block.steps(x, self._rope, self._cache, start_pos, see)
+        return self._block.steps(x, self._rope, [self._cache], [start_pos], see)
 
     def _new(self, S: int) -> Tensor:
         """Values of the stream, which lie in memory."""

@@ -121,7 +121,7 @@ class TestEachStepEqualsTheReference:
             cache = LayerCache(model.config, 128, model.dtype, "CPU")
 
             def attention(x: Tensor, block: Block = block, cache: Any = cache) -> Tensor:
-                return block.self_attn(x, model.rope, cache, position(0))
+                return block.self_attn(x, model.rope, [cache], [position(0)])
 
             found = run(attention, trace[f"layers.{i}.input_layernorm"])
             assert_close(found, trace[f"layers.{i}.self_attn.o_proj"], FLOAT32_TOLERANCE)
@@ -134,7 +134,7 @@ class TestEachStepEqualsTheReference:
             cache = LayerCache(model.config, 128, model.dtype, "CPU")
 
             def block(x: Tensor, i: int = i, cache: Any = cache) -> Tensor:
-                return model.layers[i](x, model.rope, cache, position(0))
+                return model.layers[i](x, model.rope, [cache], [position(0)])
 
             assert_close(run(block, x), trace[f"layers.{i}"], FLOAT32_TOLERANCE)
 

@@ -459,7 +459,7 @@ def test_attention(shape: tuple[int, ...], cache_type: str) -> None:
     )
     eye, steps = stored("float32", np.eye(D)), steps_of(k, S, start)
     given, table = on_device(x), on_device(rope)
-    at = steps.attention(steps._address(given), w, table, *tensors)
+    at = steps.attention(steps._address(given), w, table, *([t] for t in tensors))
     out = Tensor.empty(S, D, dtype=dtypes.float32, device="CPU")
     steps._linear(at, [eye], steps._address(out))
     found = steps._run(out).numpy()
@@ -491,7 +491,7 @@ def test_what_float16_cannot_hold_becomes_its_greatest_number() -> None:
     ]
     x, rope = on_device(np.ones((1, D), np.float32)), on_device(np.eye(1, D, dtype=np.float32))
     steps = steps_of(k, 1)
-    at = steps.attention(steps._address(x), w, rope, *caches)
+    at = steps.attention(steps._address(x), w, rope, *([c] for c in caches))
     out = Tensor.empty(1, D, dtype=dtypes.float32, device="CPU")
     steps._linear(at, [eye], steps._address(out))
     steps._run(out).realize()
@@ -569,7 +569,7 @@ def test_attention_of_few_positions_is_to_the_last_bit_that_of_each_alone(
         for first, end in parts:
             steps = steps_of(k, end - first, start + first, alike=True)
             given = on_device(x[first:end])
-            at = steps.attention(steps._address(given), w, rope, *caches)
+            at = steps.attention(steps._address(given), w, rope, *([c] for c in caches))
             out = Tensor.empty(end - first, D, dtype=dtypes.float32, device="CPU")
             steps._linear(at, [eye], steps._address(out))
             found.append(steps._run(out).numpy())

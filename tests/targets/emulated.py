@@ -34,7 +34,7 @@ def main() -> None:
     for start, end in ((0, len(ids) - 1), (len(ids) - 1, len(ids))):  # a prompt, and one position
         given = Tensor([ids[start:end]], dtype=dtypes.int32, device="PYTHON")
         start_pos = UOp.variable("start_pos", 0, LIMIT - end).bind(start)
-        rows += model.logits(model.hidden(given, cache, start_pos))[0].realize().tolist()
+        rows += model.logits(model.hidden(given, [cache], [start_pos]))[0].realize().tolist()
     uops = [u for program in to_program_cache.values() for u in program.src[1].src]
     products = sum(u.op.name == "WMMA" for u in uops)
     print(json.dumps({"logits": rows, "tensor_core_products": products}))

@@ -1,0 +1,198 @@
+"""Many conversations or texts answered at once: whenever one ends, the next takes its place.
+
+Each is one reply as always (reply_loop.py), with limits, stop strings, guards and draws of its own,
+so an answer is what it would be alone; the logits of all come from one step (slots.py), which reads
+every weight once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen3_tg.chat import Message
+from qwen3_tg.errors import DeviceError, Qwen3Error, check_count
+from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
+from qwen3_tg.reply_loop import ReplyLoop
+from qwen3_tg.sampling import Sampling
+from qwen3_tg.slots import Slots
+
+if TYPE_CHECKING:
+    from qwen3_tg.generate import Engine, Generation
+
+
+# Begins the reply to a conversation or text, with these options, whose logits come from a row.
+Start = Callable[[Sequence[Message] | str, "_Row", dict[str, Any]], ReplyLoop]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to answer, or a text to continue. `options` are those of LLM.chat or, for a
+    text, of LLM.generate but `on_end`; they go before those that all have."""
+
+    what: Sequence[Message] | str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of the request of this number, counted from 0. `end` is None where nothing was
+    generated; `error` says what went wrong, in which case the rest is what there was before."""
+
+    number: int
+    thinking: str = ""
+    text: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    end: End | None = None
+    error: Qwen3Error | None = None
+
+
+class Batch:
+    """Answers requests, up to `size` at once. `steps` counts the steps so far and `new_tokens` what
+    they were for."""
+
+    def __init__(
+        self, engine: Engine, size: int, start: Start, default_sampling: Callable[..., Sampling]
+    ):
+        check_count("size", size, least=1)
+        self._engine, self._slots, self._begin = engine, Slots(engine, size), start
+        self._default_sampling = default_sampling
+        self._rows: list[_Row] = []
+        self.steps = self.new_tokens = 0
+
+    def answers(
+        self, requests: Iterable[Request | Sequence[Message] | str], **options: Any
+    ) -> Iterator[Answer]:
+        """One for each request, in the order in which they end; what goes wrong with one is in its
+        answer. `options` are those of all, as in Request. Each draws random numbers of its own,
+        which depend on the seed and on how many requests came before."""
+        waiting = enumerate(requests)
+        more = True
+        while more or self._rows:
+            while more and self._slots.free:
+                following = next(waiting, None)
+                if following is None:
+                    more = False
+                elif (done := self._start(*following, options)) is not None:
+                    yield done
+            yield from self._go_on()
+
+    def _start(
+        self,
+        number: int,
+        request: Request | Sequence[Message] | str,
+        options: Mapping[str, Any],
+    ) -> Answer | None:
+        """Read a prompt and take a slot; or say why not."""
+        began, row = time.perf_counter(), _Row(self._engine)
+        try:
+            loop = self._loop(number, request, options, row)
+            slot, row.logits = self._slots.start(loop.generation.ids)
+        except Qwen3Error as e:
+            return Answer(number, error=e)
+        row.begin(number, slot, loop)
+        loop.generation.waited(time.perf_counter() - began)
+        self._rows.append(row)
+        return None
+
+    def _loop(
+        self,
+        number: int,
+        request: Request | Sequence[Message] | str,
+        common: Mapping[str, Any],
+        row: _Row,
+    ) -> ReplyLoop:
+        if not isinstance(request, Request):
+            request = Request(request)
+        what, options = request.what, {**common, **request.options}
+        if "sampling" not in request.options:
+            thinking = isinstance(what, str) or options.get("thinking", True)
+            sampling = options.get("sampling") or self._default_sampling(thinking=thinking)
+            options["sampling"] = sampling.another(number)
+        return self._begin(what, row, options)
+
+    def _go_on(self) -> Iterator[Answer]:
+        """Draw a token of each row whose logits are there, then compute the next of all."""
+        for row in list(self._rows):
+            if row.ready and row.draw():
+                self._rows.remove(row)
+                self._slots.end(row.slot)
+                yield row.answer()
+        if not self._rows:
+            return
+        began = time.perf_counter()
+        new = {row.slot: row.next_id for row in self._rows}
+        found = self._slots.step(new)
+        seconds = time.perf_counter() - began
+        self.steps, self.new_tokens = self.steps + 1, self.new_tokens + len(new)
+        for row in self._rows:
+            row.take(found[row.slot], seconds)
+
+
+class _Row:
+    """One reply of a batch, and the model that it asks: its logits were computed before."""
+
+    captures = 0
+
+    def __init__(self, engine: Engine):
+        self.context = engine.context
+        self.logits: np.ndarray | DeviceError | None = None
+        self._pieces: list[Piece] = []
+        self._error: Qwen3Error | None = None
+
+    def begin(self, number: int, slot: int, loop: ReplyLoop) -> None:
+        self.number, self.slot = number, slot
+        self._generation: Generation = loop.generation
+        self._steps = loop.steps()
+        self._computed = len(loop.generation.ids)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all its ids have been computed."""
+        return self._computed == len(self._generation.ids)
+
+    @property
+    def next_id(self) -> int:
+        """The first that has not."""
+        return self._generation.ids[self._computed]
+
+    def draw(self) -> bool:
+        """Go on until another id is there to be computed; whether it ended before."""
+        try:
+            while self.ready:
+                self._pieces += next(self._steps)
+        except StopIteration:
+            return True
+        except Qwen3Error as e:
+            self._error = e
+            return True
+        return False
+
+    def take(self, logits: np.ndarray | DeviceError, seconds: float) -> None:
+        """What was computed for its next id."""
+        self._computed, self.logits = self._computed + 1, logits
+        self._generation.waited(seconds)
+
+    def missing(self, ids: Sequence[int]) -> int:
+        return len(ids) - self._computed
+
+    def next_logits(self, ids: Sequence[int], guess: Sequence[int] = ()) -> np.ndarray:
+        """For its own ids alone, once they are computed."""
+        assert self.missing(ids) == 0 and self.logits is not None
+        if isinstance(self.logits, DeviceError):
+            raise self.logits
+        return self.logits
+
+    def answer(self) -> Answer:
+        """All of it."""
+
+        def joined(kind: type[Text] | type[Thinking]) -> str:
+            return "".join(piece.text for piece in self._pieces if isinstance(piece, kind))
+
+        calls = tuple(piece for piece in self._pieces if isinstance(piece, ToolCall))
+        end = next((piece for piece in self._pieces if isinstance(piece, End)), None)
+        return Answer(self.number, joined(Thinking), joined(Text), calls, end, self._error)

@@ -1,0 +1,210 @@
+"""`qwen3 generate --input FILE --output FILE`: many prompts, several at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen3_tg import usage
+from qwen3_tg.batch import Answer, Batch, Request
+from qwen3_tg.checkpoint import fingerprint, open_checkpoint
+from qwen3_tg.cli import settings, terminal
+from qwen3_tg.cli.batch_files import Answers, Line, read_lines
+from qwen3_tg.cli.generate import check_sampling, choose_sampling, load_model, sampling_of
+from qwen3_tg.cli.structured import read_constraint
+from qwen3_tg.cli.tool_files import read_tools
+from qwen3_tg.errors import Qwen3Error, check_count
+from qwen3_tg.llm import LLM
+
+# Options that an answer depends on, besides settings.RANGES and the model itself.
+_SHAPING = (
+    *("raw", "system", "thinking", "logit_bias", "stop", "loop_guard", "allow_special", "dtype"),
+    *("kv_dtype", "context"),
+)
+_FILES = ("tools", "json_schema", "grammar")  # of these what is in them, too
+
+
+class _Failed(Qwen3Error):
+    """Some lines have no answer."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answer each line of the input that the output does not answer yet."""
+    check_sampling(options)
+    check_count("--batch", options.batch, least=1)
+    options.constraint = read_constraint(options)
+    tools = [tool.schema for tool in read_tools(options.tools)] if options.tools else None
+    lines = read_lines(options.input, options.raw, _about(options))
+    with Answers(options.output, lines) as answers:
+        left = [line for line in lines if line.number not in answers.done]
+        if len(left) < len(lines):
+            cut = "; an unfinished line was taken away" if answers.cut_off else ""
+            terminal.note(f"{len(answers.done)} of {len(lines)} lines are answered already{cut}")
+        if left:
+            _answer(left, answers, options, tools)
+        answers.sort()
+
+
+def _about(options: argparse.Namespace) -> str:
+    """All but the prompt that an answer depends on."""
+    named = {name: getattr(options, name) for name in (*_SHAPING, *settings.RANGES, "regex")}
+    files = {
+        name: Path(file).read_text(encoding="utf-8")
+        for name in _FILES
+        if (file := getattr(options, name)) is not None
+    }
+    model = fingerprint(open_checkpoint(options.model))
+    return json.dumps([named, files, model], sort_keys=True)
+
+
+def _answer(
+    lines: Sequence[Line],
+    answers: Answers,
+    options: argparse.Namespace,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> None:
+    llm = load_model(options)
+    choose_sampling(options, llm)  # warns where it should
+    # one for all lines that have none of their own, each with draws of its own
+    options.seed = llm.default_sampling(options.seed).seed
+    batch = llm.batch(min(options.batch, len(lines)))
+    asked: list[tuple[Line, int]] = []
+    failed = tokens = 0
+    began = time.monotonic()
+    with _progress(llm, batch, len(lines)) as report:
+
+        def requests() -> Iterator[Request]:
+            nonlocal failed
+            for line in lines:
+                if line.problem:
+                    answers.write(line, {"error": _one_line(line.problem)})
+                    failed += 1
+                    report(failed)
+                    continue
+                request = _request(line, options, llm, tools)
+                asked.append((line, request.options["sampling"].seed))
+                yield request
+
+        for answer in batch.answers(requests()):
+            line, seed = asked[answer.number]
+            answers.write(line, _content(answer, seed))
+            failed += answer.error is not None
+            tokens += answer.end.thinking_tokens + answer.end.answer_tokens if answer.end else 0
+            report(failed)
+    seconds = time.monotonic() - began
+    busy = f", {batch.new_tokens / batch.steps:.1f} at once" if batch.steps else ""
+    terminal.note(
+        f"{_count(len(lines), 'answer')}, {tokens:,} tokens in {seconds:.1f} s: "
+        f"{tokens / max(seconds, 1e-9):.1f} tokens/s{busy}"
+    )
+    if options.verbose:
+        terminal.note(usage.used_report(llm))
+    if failed:
+        raise _Failed(
+            f"{_count(failed, 'line')} of {len(lines)} could not be answered whole: "
+            'see "error" in the output'
+        )
+
+
+def _request(
+    line: Line,
+    options: argparse.Namespace,
+    llm: LLM,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> Request:
+    """What a line asks for, as the options say and as it says itself."""
+    content = line.content
+    own = argparse.Namespace(**vars(options))
+    for name in (*settings.RANGES, "thinking"):
+        if name in content:
+            setattr(own, name, content[name])
+    sampling = sampling_of(own, llm)
+    if "seed" not in content:
+        sampling = sampling.another(line.number - 1)
+    asked = {
+        "sampling": sampling,
+        "max_new_tokens": own.max_new_tokens,
+        "stop": content.get("stop", options.stop),
+        "loop_guard": options.loop_guard,
+        "constraint": options.constraint,
+    }
+    if options.raw:
+        return Request(content["prompt"], asked)
+    messages = content.get("messages", [{"role": "user", "content": content.get("prompt")}])
+    system = content.get("system", options.system)
+    if system is not None and isinstance(messages, list):
+        messages = [{"role": "system", "content": system}, *messages]
+    return Request(
+        messages,
+        asked
+        | {
+            "tools": content.get("tools", tools),
+            "thinking": own.thinking != "off",
+            "thinking_budget": own.thinking_budget,
+            "allow_special": options.allow_special,
+        },
+    )
+
+
+def _content(answer: Answer, seed: int) -> dict[str, Any]:
+    """What is written of it: all there is, also where it broke off."""
+    content: dict[str, Any] = {"error": _one_line(answer.error)} if answer.error else {}
+    if end := answer.end:
+        content["text"] = answer.text
+        if answer.thinking:
+            content["thinking"] = answer.thinking
+        if answer.calls:
+            content["tool_calls"] = [
+                {"name": call.name, "arguments": call.arguments} for call in answer.calls
+            ]
+        counts = "prompt_tokens", "thinking_tokens", "answer_tokens"
+        content |= {"end": end.reason, **{name: getattr(end, name) for name in counts}}
+        content["seed"] = seed
+    return content
+
+
+def _one_line(error: Qwen3Error) -> str:
+    return " ".join(str(error).split())
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+@contextmanager
+def _progress(llm: LLM, batch: Batch, lines: int) -> Iterator[Any]:
+    """On a terminal: how many are answered, how fast, and how long it will take. Gives a function
+    to call after each answer, with how many failed so far."""
+    if not sys.stderr.isatty():
+        yield lambda failed: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn(), Remaining()
+    about = TextColumn("{task.fields[about]}")
+    console = Console(stderr=True)
+    with Progress(*columns, about, console=console, transient=True) as progress:
+        task, began = progress.add_task("", total=lines, about="reading the first prompts"), 0.0
+
+        def on_kernels(done: int, total: int) -> None:
+            making = f"making kernel {done} of {total}, once for this model and device"
+            progress.update(task, about=making if done < total else "")
+
+        def report(failed: int) -> None:
+            fast = batch.new_tokens / (time.monotonic() - began)
+            errors = f", {_count(failed, 'error')}" if failed else ""
+            progress.update(task, advance=1, about=f"{fast:.0f} tokens/s{errors}")
+
+        began, llm.on_kernels = time.monotonic(), on_kernels
+        try:
+            yield report
+        finally:
+            llm.on_kernels = None
