@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen3_tg.chat import Message
-from qwen3_tg.errors import DeviceError, Qwen3Error, check_count
+from qwen3_tg.errors import DeviceError, Qwen3Error
 from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
 from qwen3_tg.reply_loop import ReplyLoop
 from qwen3_tg.sampling import Sampling
 from qwen3_tg.slots import Slots
 
 if TYPE_CHECKING:
-    from qwen3_tg.generate import Engine, Generation
+    from qwen3_tg.generate import Generation
 
 
 # Begins the reply to a conversation or text, with these options, whose logits come from a row.
@@ -52,15 +52,11 @@ class Answer:
 
 
 class Batch:
-    """Answers requests, up to `size` at once. `steps` counts the steps so far and `new_tokens` what
-    they were for."""
+    """Answers requests, as many at once as there are slots. `steps` counts the steps so far and
+    `new_tokens` the tokens that they were for."""
 
-    def __init__(
-        self, engine: Engine, size: int, start: Start, default_sampling: Callable[..., Sampling]
-    ):
-        check_count("size", size, least=1)
-        self._engine, self._slots, self._begin = engine, Slots(engine, size), start
-        self._default_sampling = default_sampling
+    def __init__(self, slots: Slots, start: Start, default_sampling: Callable[..., Sampling]):
+        self._slots, self._begin, self._default_sampling = slots, start, default_sampling
         self._rows: list[_Row] = []
         self.steps = self.new_tokens = 0
 
@@ -88,7 +84,7 @@ class Batch:
         options: Mapping[str, Any],
     ) -> Answer | None:
         """Read a prompt and take a slot; or say why not."""
-        began, row = time.perf_counter(), _Row(self._engine)
+        began, row = time.perf_counter(), _Row(self._slots.context)
         try:
             loop = self._loop(number, request, options, row)
             slot, row.logits = self._slots.start(loop.generation.ids)
@@ -138,8 +134,8 @@ class _Row:
 
     captures = 0
 
-    def __init__(self, engine: Engine):
-        self.context = engine.context
+    def __init__(self, context: int):
+        self.context = context
         self.logits: np.ndarray | DeviceError | None = None
         self._pieces: list[Piece] = []
         self._error: Qwen3Error | None = None

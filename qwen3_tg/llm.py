@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qwen3_tg.batch import Batch
     from qwen3_tg.generate import Generation, OnStep
     from qwen3_tg.loop_guard import OnNotice
+    from qwen3_tg.slots import Slots
 
 # As JSON schemas, or as Python functions whose schema is read from signature and docstring.
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any] | Tool]
@@ -503,7 +504,13 @@ class LLM:
                 return self.completion(what, model=model, **options)
             return self.chat(what, model=model, **options)
 
-        return Batch(self._engine, size, start, self.default_sampling)
+        return Batch(self.slots(size), start, self.default_sampling)
+
+    def slots(self, size: int) -> Slots:
+        """The same for ids: the logits of up to `size` sequences, step by step."""
+        from qwen3_tg.slots import Slots
+
+        return Slots(self._engine, size)
 
     def _encode(
         self,

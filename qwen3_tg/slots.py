@@ -12,22 +12,22 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qwen3_tg.errors import DeviceError
+from qwen3_tg.errors import DeviceError, check_count
 from qwen3_tg.generate import ONE_AT_A_TIME, Engine
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.step_graph import BatchGraph
 
 
 class Slots:
-    """Room for `size` sequences."""
+    """Room for `size` sequences of up to `context` ids each."""
 
     def __init__(self, engine: Engine, size: int):
-        self._engine = engine
+        check_count("size", size, least=1)
+        self._engine, self.size, self.context = engine, size, engine.context
         self._caches: list[KVCache] = []
         self._free = list(range(size))[::-1]
         self._lengths: dict[int, int] = {}  # positions that the cache of each slot in use holds
         self._graph: BatchGraph | None = None
-        self.size = size
 
     @property
     def free(self) -> int:

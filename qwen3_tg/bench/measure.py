@@ -26,20 +26,25 @@ _EXPERTS = ".mlp.experts."
 @dataclass(frozen=True)
 class Measured:
     """One test. `tokens` were read as a prompt ("prefill") or decoded one by one ("decode"), with
-    `depth` others in the cache before; `rounds` are tokens per second, one a round;
-    `bytes_per_token` what each decoded token read of weights and cache."""
+    `depth` others in the cache before, by each of `batch` sequences at once; `rounds` are tokens
+    per second of all of them, one a round; `bytes_per_token` what each decoded token read of
+    weights and cache. `gains`, for several at once: how many times as many tokens as one at a time,
+    measured just before, round by round."""
 
     kind: str
     tokens: int
     depth: int
     rounds: tuple[float, ...]
     bytes_per_token: int
+    batch: int = 1
+    gains: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
-        """As llama-bench calls it: pp512, tg128 @ d4096."""
+        """As llama-bench calls it: pp512, tg128 @ d4096; of several at once, tg128 x 8."""
         short = {"prefill": "pp", "decode": "tg"}[self.kind]
-        return f"{short}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+        many = f" x {self.batch}" if self.batch > 1 else ""
+        return f"{short}{self.tokens}{many}" + (f" @ d{self.depth}" if self.depth else "")
 
     @property
     def median(self) -> float:
@@ -66,13 +71,21 @@ def token_bytes(config: ModelConfig, weights: Mapping[str, StoredWeight]) -> int
 
 
 def check_counts(
-    prompts: Sequence[int], news: Sequence[int], depths: Sequence[int], rounds: int
+    prompts: Sequence[int],
+    news: Sequence[int],
+    depths: Sequence[int],
+    rounds: int,
+    batches: Sequence[int] = (),
 ) -> int:
     """The longest context that is needed. Raises UsageError for impossible counts."""
     check_count("-r", rounds, least=1)
     for name, counts in (("-p", prompts), ("-n", news), ("-d", depths)):
         for count in counts:
             check_count(name, count, least=0)
+    for count in batches:
+        check_count("-b", count, least=1)
+    if any(count > 1 for count in batches) and not any(news):
+        raise UsageError("-b decodes several at once: -n says how many tokens, and is 0")
     if not any(prompts) and not any(news):
         raise UsageError("nothing to measure: -p and -n are both 0")
     return max(depths, default=0) + max(*prompts, *news, 0) + 2
@@ -85,10 +98,12 @@ def measure(
     depths: Sequence[int],
     rounds: int,
     on_progress: Callable[[str], None] = lambda what: None,
+    batches: Sequence[int] = (),
 ) -> list[Measured]:
-    """Random ids: every prompt length and every number of new tokens at every depth, `rounds` times
-    after one that is not counted. Lengths of 0 are left away. Raises UsageError."""
-    needed = check_counts(prompts, news, depths, rounds)
+    """Random ids: every prompt length and every number of new tokens at every depth, the latter for
+    each number of `batches` at once, too; `rounds` times after one that is not counted. Lengths of
+    0 are left away. Raises UsageError."""
+    needed = check_counts(prompts, news, depths, rounds, batches)
     if needed > llm.context:
         raise UsageError(f"{needed} tokens do not fit in the context of {llm.context}; --context")
     weights = token_bytes(llm.config, llm.checkpoint.weights)
@@ -107,7 +122,42 @@ def measure(
             itemsize = FLOATS[llm.policy.kv_dtype]
             cache = cache_bytes(llm.config, depth + count // 2, itemsize)
             found.append(Measured(kind, count, depth, tuple(per_s[1:]), weights + cache))
+        pairs = [(batch, count) for batch in batches if batch > 1 for count in news if count]
+        found += [_batch(llm, random, depth, *pair, rounds, on_progress) for pair in pairs]
     return found
+
+
+def _batch(
+    llm: LLM,
+    random: np.random.Generator,
+    depth: int,
+    batch: int,
+    count: int,
+    rounds: int,
+    on_progress: Callable[[str], None],
+) -> Measured:
+    """`batch` sequences at once, and before each round one alone."""
+    vocabulary = llm.config.vocab_size
+    slots, per_s, alone = llm.slots(batch), [], []
+    prompt = random.integers(0, vocabulary, max(depth, 1)).tolist()
+    for n in range(rounds + 1):
+        name = Measured("decode", count, depth, (), 0, batch).name
+        on_progress(f"{name}, round {n} of {rounds}" if n else f"{name}, warming up")
+        alone.append(count / _decode(llm, random, prompt, count))
+        started = [slots.start(prompt)[0] for _ in range(batch)]
+        began = time.perf_counter()
+        for _ in range(count):
+            ids = random.integers(0, vocabulary, batch).tolist()
+            slots.step(dict(zip(started, ids, strict=True)))
+        per_s.append(batch * count / (time.perf_counter() - began))
+        for slot in started:
+            slots.end(slot)
+    gains = tuple(many / one for many, one in zip(per_s[1:], alone[1:], strict=True))
+    weights = token_bytes(llm.config, llm.checkpoint.weights)
+    cache = cache_bytes(llm.config, depth + count // 2, FLOATS[llm.policy.kv_dtype])
+    return Measured(
+        "decode", count, depth, tuple(per_s[1:]), weights // batch + cache, batch, gains
+    )
 
 
 def _prefill(llm: LLM, random: np.random.Generator, before: list[int], count: int) -> float:

@@ -439,6 +439,7 @@ def _add_bench(parser: _Parser) -> None:
         ("-p", "512", "tokens of the prompt"),
         ("-n", "128", "tokens to decode, one by one"),
         ("-d", "0", "tokens in the cache before that"),
+        ("-b", "1", "sequences to decode at once, in turn with one alone"),
     )
     for option, default, what in counts:
         parser.add_argument(

@@ -7,6 +7,7 @@ import csv
 import datetime
 import json
 import platform
+import statistics
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +26,8 @@ from qwen3_tg.llm import LLM
 
 def bench(options: argparse.Namespace) -> None:
     """Measure what was asked for and print it."""
-    prompts, news, depths = (_counts(name, getattr(options, name)) for name in ("p", "n", "d"))
-    needed = check_counts(prompts, news, depths, options.r)
+    prompts, news, depths, batches = (_counts(name, getattr(options, name)) for name in "pndb")
+    needed = check_counts(prompts, news, depths, options.r, batches)
     what = _what(options, needed)
     first = None
     if options.first_token:  # before the model takes this process's memory
@@ -36,7 +37,7 @@ def bench(options: argparse.Namespace) -> None:
         llm = load_or_make(what, on_progress)
     terminal.note("bandwidth of the memory")
     bandwidth = read_bandwidth(llm.policy)
-    rows = measure(llm, prompts, news, depths, options.r, terminal.note)
+    rows = measure(llm, prompts, news, depths, options.r, terminal.note, batches)
     bandwidth = max(bandwidth, read_bandwidth(llm.policy))
     report = _report(options, llm, rows, first, bandwidth)
     if options.json:
@@ -115,6 +116,8 @@ def _report(
                 "kind": row.kind,
                 "tokens": row.tokens,
                 "depth": row.depth,
+                "batch": row.batch,
+                "times_one_at_a_time": statistics.median(row.gains) if row.gains else None,
                 "tokens_per_s": row.median,
                 "rounds_tokens_per_s": row.rounds,
                 "bytes_per_token": row.bytes_per_token if row.kind == "decode" else None,
@@ -142,6 +145,9 @@ def _print_table(report: dict[str, Any]) -> None:
             share = f"{test['of_bandwidth']:.0%}"
             read = f"{test['bytes_per_token']:,} | {test['bytes_per_s'] / 1e9:.2f} | {share} |"
         print(f"| {test['test']} | {test['tokens_per_s']:.2f} | {spread} | {read}")
+    for test in report["tests"]:
+        if gain := test["times_one_at_a_time"]:
+            print(f"\n{test['test']}: {gain:.2f} times the tokens/s of one at a time, in turn")
     print(f"\nmemory, measured before and after: {report['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s")
     if report["first_token_cold_s"] is not None:
         cold, warm = report["first_token_cold_s"], report["first_token_warm_s"]
