@@ -123,20 +123,21 @@ class Engine:
         """The longest beginning of `ids` whose keys and values are there: how many tokens, and
         bytes."""
         with ONE_AT_A_TIME:
-            shared = common_prefix(self._cached_ids, list(ids))
-            found = self.shelf.find(list(ids), shared + 1)
-            n = found[1] if found else shared
-            return n, n * sum(self._cache.row_bytes)
+            _, n = self._longest(list(ids))
+            return n, n * sum(self.row_bytes)
 
     def give(self, ids: Sequence[int]) -> Kept | None:
         """A copy of that beginning; None where there is none."""
         with ONE_AT_A_TIME:
-            shared = common_prefix(self._cached_ids, list(ids))
-            if found := self.shelf.find(list(ids), shared + 1):
-                return found[0].first(found[1])
-            if not shared:
-                return None
-            return Kept(list(ids[:shared]), self._cache.rows(shared), shared)
+            text, n = self._longest(list(ids))
+            if text:
+                return text.first(n)
+            return Kept(list(ids[:n]), self._cache.rows(n), n) if n else None
+
+    def _longest(self, ids: list[int]) -> tuple[Kept | None, int]:
+        """The text on the shelf, or None for what is cached, and how many of these ids it has."""
+        shared = common_prefix(self._cached_ids, ids)
+        return self.shelf.find(ids, shared + 1) or (None, shared)
 
     def take(self, text: Kept) -> bool:
         """Put a text that `give` gave, of this model and computed in these types, on the shelf.
@@ -199,7 +200,10 @@ class Engine:
             return shared
         text, n = found
         # out of the way of what goes there now, or as the last to be pushed out by it
-        self.shelf.remove(text) if is_continued(text.prompt, n) else self.shelf.put(text)
+        if is_continued(text.prompt, n):
+            self.shelf.remove(text)
+        else:
+            self.shelf.put(text)
         try:
             self._shelve(shared)
             self._reserve(len(ids))
@@ -218,7 +222,7 @@ class Engine:
     def _shelve(self, shared: int) -> None:
         ids, prompt = self._cached_ids, min(self._prompt, len(self._cached_ids))
         if not self._is_of_batch and is_lost(len(ids), prompt, shared):
-            nbytes = len(ids) * sum(self._cache.row_bytes)
+            nbytes = len(ids) * sum(self.row_bytes)
             self.shelf.keep(ids, prompt, nbytes, lambda: self._cache.rows(len(ids)))
         self._is_of_batch = False
 

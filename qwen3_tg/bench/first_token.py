@@ -45,16 +45,16 @@ def child() -> None:
 
 def load_or_make(options: dict[str, Any], on_progress: Any = None) -> Any:
     """The LLM of "model", or of "shape" and "quant" with random weights; the other options are
-    load()'s."""
+    load()'s. What was computed before is not kept: it is to be measured."""
     from qwen3_tg import device
     from qwen3_tg.bench.random_weights import random_checkpoint
     from qwen3_tg.llm import LLM, load
 
     how = {key: options.get(key) for key in ("device", "dtype", "kv_dtype", "kernels", "threads")}
     if options.get("shape") is None:
-        context = options.get("context")
-        return load(options["model"], None, None, context, on_progress, prefix_cache_bytes=0, **how)
+        how |= {"context": options.get("context"), "on_progress": on_progress}
+        return load(options["model"], prefix_cache_bytes=0, **how)
     checkpoint = random_checkpoint(options["shape"], options["quant"])
     config, context, _ = checkpoint.config.with_context(options.get("context"))
     del config  # YaRN changes nothing of the speed
-    return LLM(checkpoint, device.choose(**how), context, on_progress)
+    return LLM(checkpoint, device.choose(**how), context, on_progress, prefix_cache_bytes=0)
