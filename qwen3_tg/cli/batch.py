@@ -49,6 +49,11 @@ def run(options: argparse.Namespace) -> None:
         if left:
             _answer(left, answers, options, tools)
         answers.sort()
+        if answers.failed:
+            raise _Failed(
+                f'{_count(len(answers.failed), "line")} of {len(lines)} have an "error" in the '
+                "output; without these lines there they are tried again"
+            )
 
 
 def _about(options: argparse.Namespace) -> str:
@@ -75,17 +80,14 @@ def _answer(
     options.seed = llm.default_sampling(options.seed).seed
     batch = llm.batch(min(options.batch, len(lines)))
     asked: list[tuple[Line, int]] = []
-    failed = tokens = 0
-    began = time.monotonic()
+    tokens, began = 0, time.monotonic()
     with _progress(llm, batch, len(lines)) as report:
 
         def requests() -> Iterator[Request]:
-            nonlocal failed
             for line in lines:
                 if line.problem:
                     answers.write(line, {"error": _one_line(line.problem)})
-                    failed += 1
-                    report(failed)
+                    report(len(answers.failed))
                     continue
                 request = _request(line, options, llm, tools)
                 asked.append((line, request.options["sampling"].seed))
@@ -94,9 +96,8 @@ def _answer(
         for answer in batch.answers(requests()):
             line, seed = asked[answer.number]
             answers.write(line, _content(answer, seed))
-            failed += answer.error is not None
             tokens += answer.end.thinking_tokens + answer.end.answer_tokens if answer.end else 0
-            report(failed)
+            report(len(answers.failed))
     seconds = time.monotonic() - began
     busy = f", {batch.new_tokens / batch.steps:.1f} at once" if batch.steps else ""
     terminal.note(
@@ -105,11 +106,6 @@ def _answer(
     )
     if options.verbose:
         terminal.note(usage.used_report(llm))
-    if failed:
-        raise _Failed(
-            f"{_count(failed, 'line')} of {len(lines)} could not be answered whole: "
-            'see "error" in the output'
-        )
 
 
 def _request(

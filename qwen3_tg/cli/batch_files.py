@@ -100,13 +100,15 @@ def _check(content: Any, raw: bool) -> None:
 
 
 class Answers:
-    """The output file, or stdout for "-". `done` are the numbers of the lines that it answers."""
+    """The output file, or stdout for "-". `done` are the numbers of the lines that it answers, of
+    which `failed` with an error."""
 
     def __init__(self, name: str, lines: list[Line]):
         self._path = None if name == "-" else Path(name)
         self._file: IO[bytes] | None = None
         self._lines = lines
         self.done: set[int] = set()
+        self.failed: set[int] = set()
         self.cut_off = False  # an unfinished line at the end was taken away
 
     def __enter__(self) -> Answers:
@@ -143,7 +145,7 @@ class Answers:
                     f"{where} answers another prompt, or another model or other options: name "
                     "another file, or go on with the same input and options"
                 )
-            self.done.add(number)
+            self._add(number, answer)
         if rest:
             self._file.truncate(len(data) - len(rest))
             self.cut_off = True
@@ -160,7 +162,12 @@ class Answers:
             self._file.write(data)
             self._file.flush()
             os.fsync(self._file.fileno())
-        self.done.add(line.number)
+        self._add(line.number, answer)
+
+    def _add(self, number: int, answer: Mapping[str, Any]) -> None:
+        self.done.add(number)
+        if "error" in answer:
+            self.failed.add(number)
 
     def sort(self) -> None:
         """Put them in the order of the input, once all are there."""
