@@ -494,7 +494,7 @@ class LLM:
 
             for answer in llm.batch().answers(conversations, max_new_tokens=100): ...
 
-        On a CPU's own kernels a batch of up to 8 gives what each would be alone, bit by bit."""
+        On a CPU's own kernels a step of up to 8 gives to the last bit what it gives each alone."""
         from qwen3_tg.batch import Batch
 
         def start(

@@ -401,7 +401,9 @@ static void combine(const Task *t) {
 static void work(Pool *pool, int thread, const u64 *args) {
     const i64 *list = (const i64 *)args[1];
     const i32 *where = (const i32 *)args[3];
-    for (i64 n = 0; n < list[0]; n++) {
+    // Read once: after the last barrier the caller goes on, and may free the list at once.
+    const i64 steps = list[0];
+    for (i64 n = 0; n < steps; n++) {
         const i64 *step = list + 1 + n * STEP_NUMBERS;
         Task t = {pool, thread, step + 1, where[0], where[1], where + 2};
         switch (step[0]) {
