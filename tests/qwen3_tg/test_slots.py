@@ -39,7 +39,7 @@ def alone(llm: qwen3_tg.LLM, ids: list[int], first: int) -> list[np.ndarray]:
 
 
 def test_logits_are_those_of_each_sequence_alone(llm: qwen3_tg.LLM) -> None:
-    """Of whatever lengths, and started and ended at any time: to the last bit on a CPU's kernels."""
+    """Of whatever lengths, and started and ended at any time; on a CPU's kernels to the last bit."""
     all_ids = texts(llm)
     right = [alone(llm, ids, n) for ids, n in zip(all_ids, LENGTHS, strict=True)]
     slots, running, found = llm.slots(3), {}, [[] for _ in all_ids]
@@ -116,14 +116,13 @@ def test_keys_and_values_are_split_over_several_devices() -> None:
     one, two = load(kernels="generic"), load(device="CPU:0,CPU:1")
     assert len(two.policy.devices) == 2
     ids = texts(one, 2, [6, 3])
+    found = []
     for llm in (one, two):
         slots = llm.slots(2)
         started = [slots.start(text[:-1])[0] for text in ids]
-        found = slots.step({s: text[-1] for s, text in zip(started, ids, strict=True)})
-        logits = [np.asarray(found[slot]) for slot in started]
-        if llm is two:
-            assert_close(np.stack(logits), np.stack(right), FLOAT32_TOLERANCE / 10)
-        right = logits
+        logits = slots.step({s: text[-1] for s, text in zip(started, ids, strict=True)})
+        found.append(np.stack([np.asarray(logits[slot]) for slot in started]))
+    assert_close(*found, FLOAT32_TOLERANCE / 10)
 
 
 def test_what_many_prompts_begin_with_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
