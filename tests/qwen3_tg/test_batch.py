@@ -22,7 +22,7 @@ from qwen3_tg import (
     UnfinishedError,
     UsageError,
 )
-from qwen3_tg.batch import Answer, Request
+from qwen3_tg.batch import Answer, Batch, Request
 
 SUMS = [(37, 85), (5, 6), (999, 1), (12, 5), (123, 456), (7, 8), (41, 9)]
 WARM = Sampling(temperature=0.8, top_p=0.95, seed=11)
@@ -35,6 +35,12 @@ def question(a: int, b: int) -> list[dict[str, str]]:
 @pytest.fixture(scope="module", params=["fast", "generic"])
 def llm(request: pytest.FixtureRequest) -> LLM:
     return qwen3_tg.load("tiny", kernels=str(request.param), prefix_cache_bytes=0)
+
+
+@pytest.fixture(scope="module")
+def batch(llm: LLM) -> Batch:
+    """One for several tests: to capture a graph takes seconds."""
+    return llm.batch(3)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +87,9 @@ def same(batch: Answer, one: Answer) -> bool:
     ],
     ids=str,
 )
-def test_answers_are_those_of_each_alone(llm: LLM, options: dict[str, Any]) -> None:
+def test_answers_are_those_of_each_alone(llm: LLM, batch: Batch, options: dict[str, Any]) -> None:
     """Also where more are asked than there are slots, and where ids are put in on the way."""
-    found = by_number(llm.batch(3).answers((question(*s) for s in SUMS), sampling=WARM, **options))
+    found = by_number(batch.answers((question(*s) for s in SUMS), sampling=WARM, **options))
     for answer, numbers in zip(found, SUMS, strict=True):
         assert answer.error is None
         one = alone(llm, question(*numbers), sampling=WARM.another(answer.number), **options)
@@ -109,10 +115,10 @@ def test_each_request_can_have_options_of_its_own(fast: LLM) -> None:
 
 
 def test_without_a_seed_each_draws_otherwise(fast: LLM) -> None:
-    hot = Sampling(temperature=1.5, seed=3)
+    hot = Sampling(temperature=3.0, seed=3)
     how = {"thinking": False, "max_new_tokens": 12, "sampling": hot}
     texts = {answer.text for answer in fast.batch(4).answers([question(1, 2)] * 6, **how)}
-    assert len(texts) > 3
+    assert len(texts) == 6
 
 
 def test_calls_and_forms_are_those_of_each(fast: LLM) -> None:

@@ -39,7 +39,7 @@ def alone(llm: qwen3_tg.LLM, ids: list[int], first: int) -> list[np.ndarray]:
 
 
 def test_logits_are_those_of_each_sequence_alone(llm: qwen3_tg.LLM) -> None:
-    """Of whatever lengths, and started and ended at any time; on a CPU's kernels to the last bit."""
+    """Whatever their lengths, and whenever one ends; on a CPU's own kernels to the last bit."""
     all_ids = texts(llm)
     right = [alone(llm, ids, n) for ids, n in zip(all_ids, LENGTHS, strict=True)]
     slots, running, found = llm.slots(3), {}, [[] for _ in all_ids]
