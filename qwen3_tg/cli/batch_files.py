@@ -91,6 +91,8 @@ def _check(content: Any, raw: bool) -> None:
     for name in ("prompt", "system"):
         if name in content and not isinstance(content[name], str):
             raise UsageError(f"{name!r} must be a text, found {type(content[name]).__name__}")
+    if not isinstance(content.get("tools", []), list | None):
+        raise UsageError(f"'tools' must be a list, found {type(content['tools']).__name__}")
     if "prompt" in content and not content["prompt"].strip():
         raise UsageError("the prompt is empty")
     if raw:

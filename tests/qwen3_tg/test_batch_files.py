@@ -1,0 +1,307 @@
+"""`qwen3 generate --input --output`: every line is answered once, whatever breaks off."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_tg.cli import main
+
+SUMS = [(37, 85), (5, 6), (12, 5), (123, 456), (7, 8), (41, 9), (99, 1), (20, 30)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command runs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ask(*lines: Any, name: str = "in.jsonl") -> None:
+    """Write the input: JSON, or bytes as they are."""
+    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    Path(name).write_bytes(b"\n".join(texts) + b"\n")
+
+
+def sums(count: int = len(SUMS)) -> list[dict[str, Any]]:
+    return [{"prompt": f"What is {a} + {b}?"} for a, b in SUMS[:count]]
+
+
+def run(*options: str) -> int:
+    line = ["generate", "--input", "in.jsonl", "--output", "out.jsonl", "--temperature", "0"]
+    return main([*line, *options])
+
+
+def answers(name: str = "out.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_bytes().split(b"\n")[:-1]]
+
+
+def test_each_line_has_its_answer_in_its_place(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask(*sums())
+    assert run("--batch", "3") == 0
+    found = answers()
+    assert [answer["text"] for answer in found] == [str(a + b) for a, b in SUMS]
+    assert [answer["line"] for answer in found] == list(range(1, len(SUMS) + 1))
+    assert found[0] == {
+        "line": 1,
+        "text": "122",
+        "thinking": "37+85\n7+5=12\n3+8+1=12\n122",
+        "end": "stop",
+        "prompt_tokens": 18,
+        "thinking_tokens": 27,
+        "answer_tokens": 4,
+        "seed": found[0]["seed"],
+        "key": found[0]["key"],
+    }
+    assert len({answer["seed"] for answer in found}) == len({a["key"] for a in found}) == len(SUMS)
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("8 answers, ") and "tokens/s" in err
+
+
+def test_a_line_says_what_it_wants(folder: Path) -> None:
+    tool = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {}}},
+    }
+    talk = [
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "What is 5 + 6?"},
+    ]
+    ask(
+        "What is 5 + 6?",
+        {"messages": talk, "id": [1, "x"]},
+        {"prompt": "What is 5 + 6?", "thinking": "off", "max_new_tokens": 4},
+        {"prompt": "What is 5 + 6?", "thinking_budget": 3, "id": None},
+        {"prompt": "What is 5 + 6?", "stop": ["1"]},
+        {"prompt": "What is 5 + 6?", "temperature": 3, "seed": 5, "max_new_tokens": 3},
+        {"prompt": "What is 5 + 6?", "system": "Be brief.", "tools": [tool]},
+    )
+    assert run() == 0
+    found = answers()
+    assert found[0]["text"] == found[1]["text"] == "11" and found[1]["id"] == [1, "x"]
+    assert found[1]["prompt_tokens"] > found[0]["prompt_tokens"]
+    assert "thinking" not in found[2] and found[2]["end"] == "length"
+    assert found[3]["thinking_tokens"] != found[0]["thinking_tokens"] and found[3]["id"] is None
+    assert found[4]["end"] == "stop_string" and found[4]["text"] == ""
+    assert found[5]["seed"] == 5
+    assert found[6]["prompt_tokens"] > found[0]["prompt_tokens"] + 20
+
+
+WRONG: list[tuple[Any, str]] = [
+    (b"{bad", "not valid JSON: "),
+    (b"[" * 100_000, "not valid JSON: "),
+    (b"\xff\xfe", "not valid JSON: "),
+    ("", "the prompt is empty"),
+    ([1], "must be an object or a text, found list"),
+    ({"promt": "x"}, "'promt' is unknown; a line may have id, prompt, messages, "),
+    ({}, 'must have either "prompt" or "messages"'),
+    ({"prompt": "a", "messages": []}, 'must have either "prompt" or "messages"'),
+    ({"prompt": 1}, "'prompt' must be a text, found int"),
+    (
+        {"prompt": "a", "temperature": "hot"},
+        "temperature must be a number, at least 0 'hot'",
+    ),
+    ({"prompt": "a", "top_k": 0.5}, "top_k must be an integer"),
+    ({"prompt": "a", "thinking": True}, "thinking must be on or off, found True"),
+    ({"prompt": "a", "system": 3}, "'system' must be a text, found int"),
+    ({"prompt": "a", "stop": "b"}, "stop strings must be a list of texts"),
+    ({"prompt": "a", "tools": 3}, "'tools' must be a list, found int"),
+    ({"prompt": "\ud800"}, "a text in it is not valid Unicode"),
+    ({"messages": [{"role": "robot", "content": "a"}]}, "message 0: role must be one of"),
+    ({"messages": "a"}, "messages"),
+    ({"messages": [3]}, "message 0"),
+    ({"prompt": "1" * 3000}, "tokens"),
+]
+
+
+def test_what_is_wrong_with_a_line_is_written_and_the_rest_is_answered(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask(*(line for wrong, _ in WRONG for line in (wrong, *sums(1))))
+    assert run() == 1
+    found = answers()
+    assert [answer["line"] for answer in found] == list(range(1, 2 * len(WRONG) + 1))
+    for answer, (line, message) in zip(found[::2], WRONG, strict=True):
+        assert message in answer["error"], line
+        assert set(answer) == {"line", "error", "key"} and "\n" not in answer["error"]
+    assert {answer["text"] for answer in found[1::2]} == {"122"}
+    *_, error = capfd.readouterr().err.splitlines()
+    assert error.startswith(f'error: {len(WRONG)} lines of {2 * len(WRONG)} have an "error"')
+
+
+def test_an_answer_that_is_not_of_the_form_asked_for_is_kept_with_the_error(folder: Path) -> None:
+    ask({"prompt": "What is 5 + 6?", "max_new_tokens": 1}, "What is 5 + 6?")
+    assert run("--regex", "[0-9]{2}") == 1
+    cut, whole = answers()
+    assert cut["end"] == "length" and len(cut["text"]) < 2 and "unfinished" in cut["error"]
+    assert len(whole["text"]) == 2 and "error" not in whole
+
+
+def test_nothing_is_done_twice(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ask(*sums(3), {"prompt": ""})
+    assert run() == 1
+    before = Path("out.jsonl").read_bytes()
+    capfd.readouterr()
+    assert run() == 1  # the error is still there
+    assert Path("out.jsonl").read_bytes() == before
+    err = capfd.readouterr().err.splitlines()
+    assert err[0] == "4 of 4 lines are answered already" and err[1].startswith("error: 1 line of 4")
+    Path("out.jsonl").write_bytes(b"".join(before.splitlines(keepends=True)[:3]))
+    ask(*sums(3), "What is 1 + 1?")  # more can be asked later, and what was wrong be mended
+    assert run() == 0
+    assert answers()[3]["text"] == "2" and Path("out.jsonl").read_bytes().startswith(
+        b"".join(before.splitlines(keepends=True)[:3])
+    )
+
+
+@pytest.mark.parametrize("at", [1, 40, -1])
+def test_an_unfinished_line_at_the_end_is_answered_again(
+    folder: Path, capfd: pytest.CaptureFixture[str], at: int
+) -> None:
+    ask(*sums(3))
+    assert run("--seed", "1") == 0
+    whole = Path("out.jsonl").read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    Path("out.jsonl").write_bytes(whole[: last + at] if at > 0 else whole[:at])
+    capfd.readouterr()
+    assert run("--seed", "1") == 0
+    assert Path("out.jsonl").read_bytes() == whole
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first == "2 of 3 lines are answered already; an unfinished line was taken away"
+
+
+def test_killed_in_the_middle_it_goes_on_without_loss_or_repetition(folder: Path) -> None:
+    ask(*sums() * 6)
+    line = [sys.executable, "-m", "qwen3_tg", "generate", "--input", "in.jsonl"]
+    line += ["--output", "out.jsonl", "--temperature", "0", "--batch", "2"]
+    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
+    out = Path("out.jsonl")
+    deadline = time.monotonic() + 100
+    while (not out.exists() or out.read_bytes().count(b"\n") < 5) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = out.read_bytes()
+    done = before.count(b"\n")
+    assert 5 <= done < 48
+    kept = before[: before.rindex(b"\n") + 1].splitlines()
+    assert run("--batch", "2") == 0
+    found = answers()
+    assert [answer["line"] for answer in found] == list(range(1, 49))
+    assert [answer["text"] for answer in found] == [str(a + b) for a, b in SUMS] * 6
+    assert set(kept) <= set(out.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--temperature", "1"],
+        ["--thinking", "off"],
+        ["--max-new-tokens", "3"],
+        ["--seed", "4"],
+        ["--system", "x"],
+        ["--kv-dtype", "float32"],
+        ["--regex", "[0-9]+"],
+    ],
+)
+def test_answers_of_other_options_are_not_mixed(
+    folder: Path, capfd: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    ask(*sums(1))
+    assert run() == 0
+    before = Path("out.jsonl").read_bytes()
+    capfd.readouterr()
+    assert run(*options) == 2
+    assert "--output out.jsonl, line 1 answers another prompt" in capfd.readouterr().err
+    assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"a text\n", b'{"line": 1}\n', b"[]\n", b'{"line": 7, "key": "x"}\n', b"\n"]
+)
+def test_a_file_that_is_not_ours_is_left_alone(
+    folder: Path, capfd: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    ask(*sums(1))
+    Path("out.jsonl").write_bytes(content)
+    assert run() == 2
+    assert "--output out.jsonl, line 1" in capfd.readouterr().err
+    assert Path("out.jsonl").read_bytes() == content
+
+
+def test_two_processes_do_not_write_to_one_file(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask(*sums(1))
+    with Path("out.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert run() == 2
+    assert "another process is writing to it" in capfd.readouterr().err
+
+
+def test_it_reads_stdin_and_writes_to_stdout(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b'"What is 5 + 6?"\n\n  \n"What is 1 + 1?"'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert main(["generate", "--input", "-", "--temperature", "0"]) == 0
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert {answer["line"]: answer["text"] for answer in found} == {1: "11", 4: "2"}
+    assert [path.name for path in folder.iterdir()] == []
+
+
+def test_raw_lines_are_continued_as_they_are(folder: Path) -> None:
+    ask("1 + 1 = ", {"prompt": "5", "thinking": "off"}, {"messages": []})
+    assert run("--raw", "--max-new-tokens", "2") == 1
+    first, *wrong = answers()
+    assert first["answer_tokens"] == 2 and "thinking" not in first
+    assert [answer["error"] for answer in wrong] == [
+        "'thinking' has no meaning with --raw",
+        "'messages' has no meaning with --raw",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--input", "nowhere.jsonl"], "--input nowhere.jsonl: not readable: No such file"),
+        (["--input", "."], "--input .: not readable: Is a directory"),
+        (["--input", "empty"], "--input empty: no line in it"),
+        (["--input", "in.jsonl", "--output", "a/b"], "--output a/b: No such file or directory"),
+        (["--input", "in.jsonl", "--batch", "0"], "--batch must be at least 1"),
+        (["--input", "in.jsonl", "a prompt"], "the prompts are those of --input"),
+        (["--input", "in.jsonl", "--n", "2"], "--n is for one prompt"),
+        (["--input", "in.jsonl", "--explain"], "--explain is for one prompt"),
+        (["--input", "in.jsonl", "--record", "x"], "--record is for one prompt"),
+        (["--input", "in.jsonl", "--speculate", "lookup"], "--speculate guesses for one prompt"),
+        (["--input", "in.jsonl", "--temperature", "-1"], "temperature must be at least 0"),
+        (["--output", "out.jsonl", "a prompt"], "--output is for the prompts of --input FILE"),
+        (["--batch", "2", "a prompt"], "--batch is for the prompts of --input FILE"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_a_model_loads(
+    folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    ask(*sums(1))
+    Path("empty").write_bytes(b"\n  \n")
+    monkeypatch.setattr("qwen3_tg.cli.generate.load", None)
+    assert main(["generate", *options]) == 2
+    error = capfd.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith(f"error: {message}")
+    assert not Path("out.jsonl").exists()
