@@ -88,11 +88,12 @@ def _check(content: Any, raw: bool) -> None:
         raise UsageError('must have either "prompt" or "messages"')
     chosen = {n: v for n, v in content.items() if n == "thinking" or n in settings.RANGES}
     settings.check(chosen)
-    for name in ("prompt", "system"):
-        if name in content and not isinstance(content[name], str):
-            raise UsageError(f"{name!r} must be a text, found {type(content[name]).__name__}")
-    if not isinstance(content.get("tools", []), list | None):
-        raise UsageError(f"'tools' must be a list, found {type(content['tools']).__name__}")
+    kinds: dict[str, type] = {"prompt": str, "system": str}
+    kinds |= {"messages": list, "tools": list, "stop": list}
+    for name, kind in kinds.items():
+        if name in content and not isinstance(content[name], kind):
+            expected, found = "text" if kind is str else "list", type(content[name]).__name__
+            raise UsageError(f"{name!r} must be a {expected}, found {found}")
     if "prompt" in content and not content["prompt"].strip():
         raise UsageError("the prompt is empty")
     if raw:
