@@ -10,6 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPECTED = {
+    "batch.py": ["What is 24 + 216? 240\n", " tokens/s"],
     "chat.py": ["> What is 37 + 85?", "= 122 ", "= 134 "],
     "tools.py": ["calculator('123 * 45') = 5535\n5535\n", "'role': 'tool'"],
     "step_by_step.py": ["<|im_start|>assistant", "<think>"],

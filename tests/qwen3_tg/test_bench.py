@@ -84,6 +84,18 @@ def test_every_test_is_measured_at_every_depth(tiny: LLM) -> None:
     assert found[1].bytes_per_s == pytest.approx(found[1].median * (weights + 2 * one))
 
 
+def test_several_at_once_are_measured_beside_one(tiny: LLM) -> None:
+    found = measure(tiny, [0], [4], [0, 30], 2, batches=[1, 3])
+    names = ["tg4", "tg4 x 3", "tg4 @ d30", "tg4 x 3 @ d30"]
+    assert [row.name for row in found] == names
+    for one, many in zip(found[::2], found[1::2], strict=True):
+        assert many.batch == 3 and len(many.rounds) == len(many.gains) == 2 and not one.gains
+        assert min(many.gains) > 0
+        weights = token_bytes(tiny.config, tiny.checkpoint.weights)
+        cache = one.bytes_per_token - weights
+        assert many.bytes_per_token == weights // 3 + cache
+
+
 def test_what_is_before_a_depth_is_read_once(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     run, steps = tiny._engine._run, []
 
@@ -166,10 +178,16 @@ class TestCommand:
         assert out.startswith("tiny: 2,174,336 bytes of weights\nCPU, float32, fast kernels, ")
         rows = re.findall(r"^\| (\S.*?) \| (\d+\.\d\d) \| .*\|$", out, re.MULTILINE)
         assert [name for name, _ in rows] == ["pp8", "tg4", "pp8 @ d20", "tg4 @ d20"]
+        assert "of one at a time" not in out
         assert all(len(line.split("|")) == 8 for line in out.splitlines() if line[:1] == "|")
         assert re.search(r"measured before and after: [\d.]+ GB/s", out)
         cold, warm = re.findall(r"([\d.]+) s cold, ([\d.]+) s warm", out)[0]
         assert float(cold) > float(warm) > 0
+
+    def test_several_at_once(self, capsys: pytest.CaptureFixture[str]) -> None:
+        out = self.run(capsys, "-p 0 -n 4 -r 2 -b 2,3 --no-first-token")
+        said = re.findall(r"^(tg4 x \d): [\d.]+ times the tokens/s of one at a time", out, re.M)
+        assert said == ["tg4 x 2", "tg4 x 3"]
 
     def test_json_and_csv(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = "-p 8 -n 4 -r 2 --no-first-token"
@@ -181,6 +199,7 @@ class TestCommand:
         decode = report["tests"][1]
         share = decode["bytes_per_s"] / report["bandwidth_bytes_per_s"]
         assert decode["of_bandwidth"] == pytest.approx(share)
+        assert decode["batch"] == 1 and decode["times_one_at_a_time"] is None
         lines = list(csv.DictReader(self.run(capsys, f"{options} --csv").splitlines()))
         assert [line["test"] for line in lines] == ["pp8", "tg4"]
         assert lines[0]["bytes_per_token"] == "" and float(lines[1]["tokens_per_s"]) > 0
@@ -195,6 +214,8 @@ class TestCommand:
             ("-d 9000", "9514 tokens do not fit in the context of 2048; --context 9514"),
             ("-p x", "-p must be a number, or several as 0,4096; found 'x'"),
             ("-p 0 -n 0", "nothing to measure"),
+            ("-b 0", "-b must be at least 1"),
+            ("-n 0 -b 4", "-b decodes several at once"),
             ("-r 0", "-r must be at least 1"),
             ("--json --csv", "not allowed with argument --json"),
         ],
