@@ -14,6 +14,7 @@ from qwen3_tg import prefix_file
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.conversation import Conversation
 from qwen3_tg.errors import UsageError
+from qwen3_tg.shelf import WORTH
 
 
 class ComputedFile:
@@ -60,7 +61,8 @@ class ComputedFile:
             return
         ids = self._talk.next_ids()
         tokens, _ = llm.computed(ids)
-        terminal.note(f"({tokens:,} of its {len(ids):,} tokens are computed already)")
+        if tokens >= WORTH:
+            terminal.note(f"({tokens:,} tokens of it are computed already)")
         self._written = file, ids[:tokens]
 
     def save(self, path: Path) -> int:
@@ -71,6 +73,8 @@ class ComputedFile:
             return 0
         ids = self._talk.next_ids()
         tokens, nbytes = llm.computed(ids)
+        if tokens < WORTH:
+            return 0
         if self._written == (file, ids[:tokens]):
             return tokens
         if nbytes > self._limit:
