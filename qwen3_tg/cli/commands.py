@@ -232,7 +232,12 @@ COMMANDS = {
         Command("/edit", "change the last message and answer it anew", Commands._edit),
         Command("/undo", "take the last turn back, or /clear, or /load", Commands._undo),
         Command("/read FILE", "put a text file into the next message", Commands._read, "file"),
-        Command("/save FILE", "keep the conversation; --force writes over", Commands._save, "file"),
+        Command(
+            "/save FILE",
+            "keep the conversation and its cache; --force writes over",
+            Commands._save,
+            "file",
+        ),
         Command("/load FILE", "go on with a conversation", Commands._load, "file"),
         Command("/stats", "tokens of the context, counts and speed", Commands._stats),
         Command("/clear", "forget the conversation", Commands._clear),
