@@ -97,7 +97,7 @@ def _shared(llm: LLM) -> str:
 
 def _kept(llm: LLM) -> str:
     texts, nbytes = llm.kept
-    return f"; in main memory {nbytes:,} for {texts} other conversations" if texts else ""
+    return f"; kept of other texts in main memory {nbytes:,}" if texts else ""
 
 
 def _peak() -> str:

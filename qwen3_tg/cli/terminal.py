@@ -139,7 +139,7 @@ def counts(end: End) -> str:
 
 def kept(texts: int, nbytes: int) -> str:
     """What is kept besides the conversation at hand."""
-    others = f"{texts} other conversation{'s' * (texts != 1)}"
+    others = f"{texts} other text{'s' * (texts != 1)}"
     return f"kept: what is computed of {others}, {nbytes:,} bytes of main memory"
 
 

@@ -391,7 +391,7 @@ class TestOther:
         assert "kept:" not in noted()
         chat.say("/clear", "Who are you?", "/stats")
         count, nbytes = llm.kept
-        assert count == 1 and f"1 other conversation, {nbytes:,} bytes of main" in noted()
+        assert count == 1 and f"1 other text, {nbytes:,} bytes of main" in noted()
 
     def test_a_file_goes_into_the_next_message_only(
         self, llm: LLM, tmp_path: Path, noted: Callable[[], str]

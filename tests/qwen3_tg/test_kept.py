@@ -251,7 +251,7 @@ class TestBytes:
         assert usage.taken_bytes(llm) == before
         one = sum(llm._engine.row_bytes)
         assert llm.kept == (1, 60 * one)
-        assert f"in main memory {60 * one:,} for 1 other conv" in usage.used_report(llm)
+        assert f"kept of other texts in main memory {60 * one:,}" in usage.used_report(llm)
 
 
 def test_threads_may_share_what_is_kept() -> None:
