@@ -208,7 +208,7 @@ class LLM:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """How many other conversations are kept, and how many bytes they take."""
+        """How many other texts are kept, such as conversations, and how many bytes they take."""
         shelf = self._engine.shelf
         return len(shelf), shelf.nbytes
 

@@ -16,6 +16,10 @@ WORTH = 32
 # Tokens at the end of a prompt that the next one of the same conversation need not repeat: those
 # that open and close a thinking that is not wished.
 _OPENING = 4
+# Of a text, less is computed again sooner than all of it is copied. Measured in the shape of
+# Qwen3-0.6B on two cores of a CPU: 7 ms to compute a token, up to 0.2 ms to copy it to and fro; a
+# GPU computes it faster and copies it faster.
+_PART = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,10 @@ def is_continued(prompt: int, shared: int) -> bool:
 def is_lost(length: int, prompt: int, shared: int) -> bool:
     """Whether what is computed of a text is to be kept, when another one takes its place.
 
-    A next turn, an edited question and another answer share most of it. Where a model thinks, most
-    can be the last answer's thinking, which the next prompt does not repeat: all of the last prompt
-    is shared then."""
-    return length - shared >= WORTH and shared < length / 2 and not is_continued(prompt, shared)
+    Not where all of the last prompt is shared: the next turn drops the last answer's thinking
+    alone, which can be most of the text. Nor where little is lost, as by an edited question: to be
+    kept, all of it is copied."""
+    return length - shared >= max(WORTH, _PART * length) and not is_continued(prompt, shared)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

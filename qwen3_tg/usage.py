@@ -79,7 +79,7 @@ def used_report(llm: LLM) -> str:
         f"memory of {device}: planned {exact + scratch:,} bytes (weights {plan.weights_bytes:,}, "
         f"cache {cache:,} for {capacity:,} positions, rope table {plan.rope_bytes:,}, logits "
         f"{plan.logits_bytes:,}, scratch about {scratch:,}); taken {found:,}, {scratch_taken}"
-        f"{_peak()}"
+        f"{_kept(llm)}{_peak()}"
     )
 
 
@@ -93,6 +93,11 @@ def _factor(llm: LLM) -> float:
 
 def _shared(llm: LLM) -> str:
     return f" ({llm.shared_bytes:,} of them where the file is mapped)" if llm.shared_bytes else ""
+
+
+def _kept(llm: LLM) -> str:
+    texts, nbytes = llm.kept
+    return f"; kept of other texts in main memory {nbytes:,}" if texts else ""
 
 
 def _peak() -> str:

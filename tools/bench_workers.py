@@ -51,6 +51,7 @@ class Ours:
             context=options.context,
             kernels=options.kernels,
             threads=threads,
+            prefix_cache_bytes=0,  # a prompt that comes again is to be read again
         )
         kernels = self._llm.policy.kernels
         self.version = f"qwen3_tg {qwen3_tg.__version__}, {kernels} kernels"

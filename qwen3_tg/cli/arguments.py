@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from qwen3_tg.cli.sizes import read_size
 from qwen3_tg.device import DTYPE_NAMES, KERNELS
 from qwen3_tg.errors import UsageError
 
@@ -179,6 +181,13 @@ def _add_run(parser: _Parser) -> None:
     )
     guesses.add_argument(
         "--draft", metavar="M", help="the same with guesses of a smaller model with this tokenizer"
+    )
+    run.add_argument(
+        "--prefix-cache",
+        type=partial(read_size, "--prefix-cache", least=0),
+        metavar="SIZE",
+        help="main memory for the computed tokens of other conversations, and the most that goes "
+        "with --session into FILE.kv (1GiB; 0 is none)",
     )
     run.add_argument("-v", "--verbose", action="store_true", help="show device, counts and times")
 

@@ -48,11 +48,14 @@ def chat(options: argparse.Namespace) -> None:
         terminal.note(f"{options.model} on {llm.policy.device}; /help for help, Ctrl-D to leave")
     if options.session:
         keeper.start(options.session)
-    with contextlib.suppress(Leave):
-        if on_terminal:
-            _talk(conversation, keeper, options.history)
-        else:
-            _read_lines(conversation, keeper)
+    try:
+        with contextlib.suppress(Leave):
+            if on_terminal:
+                _talk(conversation, keeper, options.history)
+            else:
+                _read_lines(conversation, keeper)
+    finally:
+        keeper.leave()
 
 
 def _talk(conversation: Conversation, keeper: Keeper, keep_history: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen3_tg.cli import settings, terminal, text_file
 from qwen3_tg.cli.conversation import Conversation, count, system_fits
-from qwen3_tg.cli.generate import sampling_of
+from qwen3_tg.cli.generate import choose_sampling, sampling_of
 from qwen3_tg.cli.keep import Keeper
 from qwen3_tg.errors import Qwen3Error, UsageError
 
@@ -119,6 +119,8 @@ class Commands:
         if name == "seed":
             talk.draws = 0  # so that the same seed gives the same answers
         terminal.note(f"({name} is {value.strip()})")
+        if name == "temperature":
+            choose_sampling(talk.options, talk.llm)  # warns of what should be known
 
     def _regen(self, argument: str) -> None:
         if self._talk.question() is None:
@@ -153,8 +155,9 @@ class Commands:
     def _save(self, argument: str) -> None:
         force, _, name = argument.partition(" ")
         force, name = (force, name) if force == "--force" else ("", argument)
-        path = self._keeper.save(name.strip(), force=bool(force))
-        terminal.note(f"({count(self._talk.messages)} in {path})")
+        path, tokens = self._keeper.save(name.strip(), force=bool(force))
+        computed = f", what is computed of {tokens:,} tokens beside it" if tokens else ""
+        terminal.note(f"({count(self._talk.messages)} in {path}{computed})")
 
     def _load(self, argument: str) -> None:
         if not argument:
@@ -182,6 +185,8 @@ class Commands:
         talk = self._talk
         used, context = talk.used_tokens(), talk.llm.context
         terminal.note(f"context: {used:,} of {context:,} tokens used, {context - used:,} left")
+        if (kept := talk.llm.kept)[0]:
+            terminal.note(terminal.kept(*kept))
         questions = sum(message["role"] == "user" for message in talk.messages)
         terminal.note(f"conversation: {count(talk.messages)}, {questions} of you")
         if talk.ends:
@@ -227,7 +232,12 @@ COMMANDS = {
         Command("/edit", "change the last message and answer it anew", Commands._edit),
         Command("/undo", "take the last turn back, or /clear, or /load", Commands._undo),
         Command("/read FILE", "put a text file into the next message", Commands._read, "file"),
-        Command("/save FILE", "keep the conversation; --force writes over", Commands._save, "file"),
+        Command(
+            "/save FILE",
+            "keep the conversation and its cache; --force writes over",
+            Commands._save,
+            "file",
+        ),
         Command("/load FILE", "go on with a conversation", Commands._load, "file"),
         Command("/stats", "tokens of the context, counts and speed", Commands._stats),
         Command("/clear", "forget the conversation", Commands._clear),

@@ -128,11 +128,22 @@ class Conversation:
 
     def used_tokens(self) -> int:
         """Tokens that the conversation takes in the context, as the next turn finds it."""
-        messages = with_system(self.messages, self.options)
-        if not messages or self.llm.tokenizer is None:
-            return 0
+        return len(self._ids(self.messages))
+
+    def next_ids(self) -> list[int]:
+        """Its tokens as the next turn sends them, up to a question of one letter: without former
+        thinking, and without turns that no longer fit."""
+        _, turns = split_turns(self.messages)
+        sent = [dict(message) for turn in turns[self._left_out :] for message in turn]
+        sent.append({"role": "user", "content": "?"})
+        return self._ids(sent)
+
+    def _ids(self, messages: list[Message]) -> list[int]:
+        whole = with_system(messages, self.options)
+        if not whole or self.llm.tokenizer is None:
+            return []
         schemas = self._tools.schemas
-        return len(encode_chat(self.llm.render, self.llm.tokenizer, messages, schemas)[1])
+        return encode_chat(self.llm.render, self.llm.tokenizer, whole, schemas)[1]
 
     def _answer(self, question: Question) -> bool:
         self._question = question

@@ -144,6 +144,7 @@ def load_model(options: argparse.Namespace) -> LLM:
             threads=options.threads,
             speculate=options.speculate,
             draft=options.draft,
+            prefix_cache_bytes=options.prefix_cache,
         )
     for remark in llm.checkpoint.notes:
         terminal.note(f"note: {remark}")

@@ -1,4 +1,4 @@
-"""Which file a conversation is kept in, and when."""
+"""Which file a conversation is kept in, and when; what is computed of it goes beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen3_tg.cli import session, settings, terminal
+from qwen3_tg.cli.computed import ComputedFile
 from qwen3_tg.cli.conversation import Conversation, count
 from qwen3_tg.cli.session import Session
 from qwen3_tg.errors import UsageError
@@ -17,6 +18,7 @@ class Keeper:
     def __init__(self, conversation: Conversation, model: str):
         self._talk, self._model = conversation, model
         self._config = session.fingerprint(conversation.llm.config)
+        self._computed = ComputedFile(conversation)
         self._path: Path | None = None
         self._always = False
         self._kept = self._now()
@@ -28,9 +30,11 @@ class Keeper:
         said = settings.given(options) | ({"system": options.system} if options.system else {})
         if _exists(path):
             self._take(session.read(path), path)
+            self._computed.load(path)
             for setting, value in said.items():
                 setattr(options, setting, value)
         else:
+            self._computed.check(path)
             terminal.note(f"(the conversation is kept in {path})")
         self._path, self._always, self._kept = path, True, self._now()
         session.write(path, self._kept)  # an unwritable place is found now, not after an answer
@@ -42,26 +46,37 @@ class Keeper:
             session.write(self._path, now)
             self._kept = now
 
-    def save(self, name: str, force: bool = False) -> Path:
+    def leave(self) -> None:
+        """To call when the conversation that is kept is left."""
+        if self._always and self._path:
+            self._computed.save(self._path)
+
+    def save(self, name: str, force: bool = False) -> tuple[Path, int]:
         """Write to this file, or with no name to the one it was saved to or loaded from before.
+        Gives it, and the tokens of which what is computed was written, too.
 
         Raises UsageError, also where another file would be lost."""
         if not name and self._path is None:
             raise UsageError("/save takes a file to write")
         path = _path(name) if name else self._path
         assert path is not None
-        if path != self._path and _exists(path) and not force:
-            raise UsageError(f"{path}: there is such a file; to write over it: /save --force FILE")
+        if path != self._path and not force:
+            for file in (path, self._computed.beside(path)):
+                if file and _exists(file):
+                    raise UsageError(
+                        f"{file}: there is such a file; to write over it: /save --force FILE"
+                    )
         session.write(path, self._now())
         if not self._always:
             self._path = path
-        return path
+        return path, self._computed.save(path)
 
     def load(self, name: str) -> None:
         """Go on with what the file holds. What --session keeps up to date is this file then."""
         path = _path(name)
         self.after_a_turn()
         found = session.read(path)
+        self.leave()
         former, before = self._path, self._now()
 
         def restore() -> None:
@@ -71,6 +86,7 @@ class Keeper:
             self._kept = self._now()  # not written: the former file has it
 
         self._take(found, path, restore)
+        self._computed.load(path)
         self._path, self._kept = path, self._now()
 
     def _take(self, found: Session, path: Path, restore: Callable[[], None] | None = None) -> None:

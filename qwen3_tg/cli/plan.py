@@ -15,6 +15,7 @@ from typing import Any
 from qwen3_tg import device as devices
 from qwen3_tg import usage
 from qwen3_tg.cli import terminal
+from qwen3_tg.cli.sizes import read_size
 from qwen3_tg.errors import DeviceError, UsageError
 from qwen3_tg.plan import (
     FORMS,
@@ -30,8 +31,6 @@ from qwen3_tg.plan import (
 )
 
 CONTEXTS = (1024, 4096, 8192, 32768, 40960, 65536, 131072)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _NO_TERMINAL_COLUMNS = 100
 
 
@@ -76,7 +75,7 @@ def plan(options: argparse.Namespace) -> None:
     """Find the model, plan it for each device, and print that."""
     forms = _read_forms(options.quant)
     contexts = _read_contexts(options.context)
-    memory_bytes = _read_size(options.memory) if options.memory else None
+    memory_bytes = read_size("--memory", options.memory) if options.memory else None
     source = find_source(options.model, bool(forms), terminal.note)
     for remark in source.notes:
         terminal.note(f"note: {remark}")
@@ -122,13 +121,6 @@ def _read_contexts(text: str | None) -> list[int]:
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise UsageError(f"--context must be a number of tokens, or several, found {text!r}")
     return list(dict.fromkeys(map(int, numbers)))
-
-
-def _read_size(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text, re.IGNORECASE)
-    if not match or not (nbytes := int(float(match[1]) * _UNITS[(match[2] or "").upper()])):
-        raise UsageError(f"--memory must be a size such as 24GB or 24GiB, found {text!r}")
-    return nbytes
 
 
 def _targets_here(kv_dtype: str | None) -> list[Target]:

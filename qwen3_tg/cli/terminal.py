@@ -137,6 +137,12 @@ def counts(end: End) -> str:
     )
 
 
+def kept(texts: int, nbytes: int) -> str:
+    """What is kept besides the conversation at hand."""
+    others = f"{texts} other text{'s' * (texts != 1)}"
+    return f"kept: what is computed of {others}, {nbytes:,} bytes of main memory"
+
+
 def speed(end: End) -> str:
     """In a few words, for after each answer of a conversation."""
     later = end.thinking_tokens + end.answer_tokens - 1

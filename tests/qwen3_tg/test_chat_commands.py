@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,17 @@ class TestSettings:
         talk.say("/set temperature default", SUM)
         assert seen[1]["sampling"].temperature == llm.default_sampling().temperature
 
+    def test_temperature_0_is_warned_of_where_the_command_line_would(
+        self, llm: LLM, noted: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        advice = replace(llm.checkpoint.generation, temperature=0.6)
+        monkeypatch.setattr(llm, "checkpoint", replace(llm.checkpoint, generation=advice))
+        talk = Chat(llm)
+        talk.say("/set temperature 0")
+        assert "at temperature 0 thinking may repeat itself without end" in noted()
+        talk.say("/set temperature 0.5", "/set top_k 3", "/no_think", "/set temperature 0")
+        assert "without end" not in noted()
+
     @pytest.mark.parametrize(
         ("argument", "error"),
         [
@@ -371,6 +383,15 @@ class TestOther:
         used = len(llm.tokenizer.encode(llm.render(chat.talk.messages)))
         assert f"context: {used} of 2,048 tokens used, {2048 - used:,} left" in shown
         assert "2 messages, 1 of you" in shown and "thinking 27, answer 4" in shown
+
+    def test_stats_say_what_else_is_kept(self, noted: Callable[[], str]) -> None:
+        llm = qwen3_tg.load("tiny")
+        chat = Chat(llm, "--temperature", "0")
+        chat.say(SUM, "now add 12", "/stats")
+        assert "kept:" not in noted()
+        chat.say("/clear", "Who are you?", "/stats")
+        count, nbytes = llm.kept
+        assert count == 1 and f"1 other text, {nbytes:,} bytes of main" in noted()
 
     def test_a_file_goes_into_the_next_message_only(
         self, llm: LLM, tmp_path: Path, noted: Callable[[], str]

@@ -38,6 +38,7 @@ from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.checkpoint.gguf_header import TYPES
 from qwen3_tg.cli import main
 from qwen3_tg.cli import plan as command
+from qwen3_tg.cli.sizes import read_size
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import CheckpointError, UsageError
 from qwen3_tg.kv_sizes import cache_bytes, last_growth
@@ -500,7 +501,7 @@ class TestCommand:
         [("24GB", 24 * 10**9), ("24 gib", 24 * 2**30), ("1.5T", 15 * 10**11), ("512", 512)],
     )
     def test_sizes(self, text: str, nbytes: int) -> None:
-        assert command._read_size(text) == nbytes
+        assert read_size("--memory", text) == nbytes
 
     def test_the_table_of_the_readme_is_what_the_command_prints(
         self, capsys: pytest.CaptureFixture[str]

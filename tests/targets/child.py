@@ -12,7 +12,8 @@ from qwen3_tg.sampling import Sampling
 
 def main() -> None:
     path, device, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    llm = qwen3_tg.load(path, device, kernels="generic" if device == "CPU" else None)
+    kernels = "generic" if device == "CPU" else None
+    llm = qwen3_tg.load(path, device, kernels=kernels)
     from tinygrad.device import Device
 
     every = llm.logits(ids)  # a prompt
@@ -25,8 +26,21 @@ def main() -> None:
         "logits": every.tolist(),
         "generated": [int(id) for id in steps],
         "decoded": llm.logits([*ids, *steps])[-1].tolist(),
+        "kept": going_on(llm, qwen3_tg.load(path, device, kernels=kernels), ids * 4),
     }
     print(json.dumps(found))
+
+
+def going_on(llm: qwen3_tg.LLM, undisturbed: qwen3_tg.LLM, ids: list[int]) -> dict[str, object]:
+    """With a text after another one: what need not be computed again, and whether the logits are
+    those without the other one."""
+    longer = [*ids, *ids[:2]]
+    llm.next_logits(ids)
+    llm.next_logits(ids[::-1])
+    tokens, _ = llm.computed(longer)
+    found = llm.next_logits(longer)
+    undisturbed.next_logits(ids)
+    return {"tokens": tokens, "same": bool((found == undisturbed.next_logits(longer)).all())}
 
 
 if __name__ == "__main__":
