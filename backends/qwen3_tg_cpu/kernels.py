@@ -42,6 +42,7 @@ _ARRAYS = {
 _MOST_ARRAYS = 4
 _SCALES = {"AWQ": 2, "GPTQ": 2, "FP8": 1, "MLX": 1}  # which of them the scales are
 _FLOAT_TYPES = {dtypes.float32: 0, dtypes.float16: 1, dtypes.bfloat16: 2, dtypes.uint16: 2}
+_CACHE_TYPES = _FLOAT_TYPES | {dtypes.int8: len(TYPES)}
 # In the order of the enums in steps.c.
 _EMBED, _NORM, _LINEAR, _CACHE, _ATTEND, _ROUTE, _GROUP, _EXPERTS, _COMBINE = range(9)
 # The functions there that do them.
@@ -200,10 +201,17 @@ class Steps:
         return out
 
     def attention(
-        self, x: int, weights: AttentionWeights, rope: Tensor, k_cache: Tensor, v_cache: Tensor
+        self,
+        x: int,
+        weights: AttentionWeights,
+        rope: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *scales: Tensor,
     ) -> int:
         """x + attention(norm(x)); the new keys and values are written to the caches, (1, capacity,
-        K, Hd) each. `rope` is (positions, Hd): cosines, then sines."""
+        K, Hd) each, and of int8 with scales for keys and for values, (1, capacity, K) float32 each.
+        `rope` is (positions, Hd): cosines, then sines."""
         H, K, D = weights.heads, weights.kv_heads, weights.q_proj.shape[1]
         Hd = weights.q_proj.shape[0] // H
         qkv, mixed = self._room("qkv", (H + 2 * K) * Hd), self._room("mixed", H * Hd)
@@ -212,7 +220,8 @@ class Steps:
         projections = [weights.q_proj, weights.k_proj, weights.v_proj]
         self._normed(x, weights.norm, projections, qkv)
         caches = self._address(k_cache), self._address(v_cache)
-        shape = H, K, Hd, _FLOAT_TYPES[k_cache.dtype], qkv, *caches, mixed, parts
+        scaled = [self._address(scale) for scale in scales] or [0, 0]
+        shape = H, K, Hd, _CACHE_TYPES[k_cache.dtype], qkv, *caches, mixed, parts, *scaled
         norms = (self._address(norm) for norm in (weights.q_norm, weights.k_norm))
         self._add(_CACHE, *shape, *norms, self._address(rope), self._eps)
         self._add(_ATTEND, *shape, self._flags)

@@ -232,14 +232,14 @@ C_FAULTS = [
     (
         "layers.0.self_attn.q_rope",
         "untied_bfloat16",
-        "norm_and_turn(x, at(t, 9)",
-        "norm_and_turn(x, at(t, 10)",
+        "norm_and_turn(x, at(t, 11)",
+        "norm_and_turn(x, at(t, 12)",
     ),
     (
         "layers.0.self_attn.k_rope",
         "untied_bfloat16",
-        "norm_and_turn(x, at(t, 10)",
-        "norm_and_turn(x, at(t, 9)",
+        "norm_and_turn(x, at(t, 12)",
+        "norm_and_turn(x, at(t, 11)",
     ),
     (
         "layers.0.residual",
