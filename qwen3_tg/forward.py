@@ -79,7 +79,7 @@ class Fast:
         steps = self.kernels.steps(ids, at, model.config.rms_norm_eps, alike)
         x = steps.embed(model.embed_tokens.weight)
         for (attention, mlp), kv in zip(self._layers, cache.layers, strict=True):
-            x = steps.attention(x, attention, model.rope, kv.k, kv.v)
+            x = steps.attention(x, attention, model.rope, *kv.tensors)
             x = steps.experts(x, mlp) if mlp.router else steps.mlp(x, mlp)
         logits: Tensor = steps.head(x, self._norm, model.lm_head.weight, every)
         return logits

@@ -23,8 +23,7 @@ from qwen3_tg.device import Policy
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
 from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
-from qwen3_tg.kv_cache import KVCache
-from qwen3_tg.linear import DTYPES
+from qwen3_tg.kv_cache import KV_DTYPES, KVCache
 from qwen3_tg.pace import LENGTHS
 from qwen3_tg.sampling import Sampling, Seen, sample
 from qwen3_tg.speculate import Speculation
@@ -61,7 +60,7 @@ class Engine:
         self.lowering: Callable[[], AbstractContextManager[None]] = tuning.applied
         # The last chunk of a full context reaches past its end with padding.
         limit = context + policy.prefill_chunk
-        self._cache = KVCache(config, limit, DTYPES[policy.kv_dtype], policy.device)
+        self._cache = KVCache(config, limit, KV_DTYPES[policy.kv_dtype], policy.device)
         self._cached_ids: list[int] = []  # the ids whose keys and values the cache holds
         # ids guessed to follow those, with the logits after each: theirs are written, but held only
         # once they are asked for, so that guesses change nothing that is reused later
