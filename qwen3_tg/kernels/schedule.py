@@ -124,6 +124,8 @@ class ModelParts:
             key = call.src[0].key
             used[key] += 1
             first = [step for step in steps if needs[step][key] >= used[key]][:1]
+            if self._cache.k_scale is not None:  # touching no cache, it makes the scales of one
+                first = [{"scores": "k_cache", "mix": "v_cache"}.get(step, step) for step in first]
             known = self._known(call, inside)
             # a matrix that was dequantised for a chunk is known by its size
             written = call.src[1].buf_uop.buffer
