@@ -138,9 +138,8 @@ class Fast:
         steps = self.kernels.steps(ids, at, model.config.rms_norm_eps, alike, batch)
         x = steps.embed(model.embed_tokens.weight)
         for i, (attention, mlp) in enumerate(self._layers):
-            layers = [cache.layers[i] for cache in caches]
-            keys, values = [layer.k for layer in layers], [layer.v for layer in layers]
-            x = steps.attention(x, attention, model.rope, keys, values)
+            tensors = [cache.layers[i].tensors for cache in caches]
+            x = steps.attention(x, attention, model.rope, tensors)
             x = steps.experts(x, mlp) if mlp.router else steps.mlp(x, mlp)
         logits: Tensor = steps.head(x, self._norm, model.lm_head.weight, every)
         return logits

@@ -25,8 +25,7 @@ from qwen3_tg.device.names import gib
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
 from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
-from qwen3_tg.kv_cache import KVCache
-from qwen3_tg.linear import DTYPES
+from qwen3_tg.kv_cache import KV_DTYPES, KVCache
 from qwen3_tg.pace import LENGTHS
 from qwen3_tg.sampling import Sampling, Seen, sample
 from qwen3_tg.shelf import WORTH, Kept, Shelf, common_prefix, is_continued, is_lost
@@ -85,7 +84,7 @@ class Engine:
     def new_cache(self, limit: int) -> KVCache:
         """An empty cache that grows up to so many positions."""
         policy = self._policy
-        return KVCache(self._config, limit, DTYPES[policy.kv_dtype], policy.device)
+        return KVCache(self._config, limit, KV_DTYPES[policy.kv_dtype], policy.device)
 
     def new_caches(self, count: int) -> list[KVCache]:
         """Those of a batch. Raises DeviceError where there is no memory for them."""

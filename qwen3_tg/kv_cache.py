@@ -6,6 +6,9 @@ small and grows in steps, so that a model with room for 40,960 tokens does not t
 40,960 tokens for a short chat; while it grows, the old and the new one exist side by side. How
 large it is: kv_sizes.py.
 
+In int8 each head of each position has a scale of its own: the rows of one position say all of it,
+whatever comes later.
+
 Touches tinygrad's internals: `UOp.store` and `UOp.after`, the write that may stand in a `function`.
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 
 from qwen3_tg.buffers import part_bytes, read_first, write_first
@@ -22,25 +25,57 @@ from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import free_unused
 from qwen3_tg.device.names import each
 from qwen3_tg.kv_sizes import first_capacity, grown_capacity
+from qwen3_tg.linear import DTYPES
 from qwen3_tg.placement import empty
+
+KV_DTYPES: dict[str, DType] = {**DTYPES, "int8": dtypes.int8}
+_GREATEST = 127  # of the integers; -128 is not used, so that x and -x are kept alike
+# Scales below are denormal numbers, which some devices take for 0.
+_SMALLEST = 2.0**-126
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers with a scale for each head: x is about q * scale, off by half a scale at most.
+
+    x: (..., Hd) -> (..., Hd) int8, (...) float32. What is not a finite number makes its head's
+    scale infinite and its integers 0, which together are not a number when they are read."""
+    x = x.float()
+    most = x.isnan().where(float("inf"), x.abs()).max(axis=-1)
+    scale = most * (1 / _GREATEST)
+    usable = (scale >= _SMALLEST) & (scale < float("inf"))
+    q = usable.unsqueeze(-1).where(x / scale.unsqueeze(-1), 0).round()
+    return q.cast(dtypes.int8), scale
+
+
+def dequantise(q: Tensor, scale: Tensor) -> Tensor:
+    """q: (..., Hd) int8, scale: (...) float32 -> (..., Hd) float32"""
+    return q.float() * scale.unsqueeze(-1)
 
 
 class LayerCache:
-    """Keys and values of one layer; see the module for the layout."""
+    """Keys and values of one layer; see the module for the layout. `k_scale` and `v_scale` are
+    (B, capacity, K) float32 where k and v are int8, and None where they are floats."""
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: DType, device: str):
-        shape = (1, capacity, config.num_key_value_heads, config.head_dim)
+        heads = (1, capacity, config.num_key_value_heads)
+        shape = (*heads, config.head_dim)
         # never read before they are written, so nothing needs to be put there first
         self.k = empty(shape, dtype, each(device), axis=2)
         self.v = empty(shape, dtype, each(device), axis=2)
+        self.k_scale: Tensor | None = None
+        self.v_scale: Tensor | None = None
+        if dtype == dtypes.int8:
+            self.k_scale = empty(heads, dtypes.float32, each(device), axis=2)
+            self.v_scale = empty(heads, dtypes.float32, each(device), axis=2)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that there is of each position, (1, capacity, ...) each."""
-        return self.k, self.v
+        """All that is kept: k, v and, where there are, their scales."""
+        return tuple(t for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
     def update(self, k: Tensor, v: Tensor, start_pos: UOp) -> tuple[Tensor, Tensor]:
-        """Write S new positions and return all T = start_pos + S of them.
+        """Write S new positions and return all T = start_pos + S of them, in the type they are kept
+        in, or float32 for int8.
 
         k, v: (B, S, K, Hd) -> (B, T, K, Hd)"""
         S = k.shape[1]
@@ -50,7 +85,13 @@ class LayerCache:
             written = Tensor(cache.uop.after(rows.store(new.cast(cache.dtype).uop)))
             return written[:, : start_pos + S]
 
-        return write(self.k, k), write(self.v, v)
+        def keep(cache: Tensor, scales: Tensor | None, new: Tensor) -> Tensor:
+            if scales is None:
+                return write(cache, new)
+            q, scale = quantise(new)
+            return dequantise(write(cache, q), write(scales, scale))
+
+        return keep(self.k, self.k_scale, k), keep(self.v, self.v_scale, v)
 
 
 class KVCache:
@@ -74,10 +115,10 @@ class KVCache:
         free_unused(self._device)  # what those graphs used
         layers = self._allocate(grown_capacity(used, positions, self.limit))
         for before, now in zip(self.layers, layers, strict=True):
-            now.k[:, :used].assign(before.k).realize()
-            now.v[:, :used].assign(before.v).realize()
+            for new, old in zip(now.tensors, before.tensors, strict=True):
+                new[:, :used].assign(old).realize()
         self.layers = layers
-        del before
+        del before, old
         free_unused(self._device)  # no later buffer has the size of an old one
 
     @property

@@ -3,6 +3,7 @@ kv_cache.py, without tinygrad, so that planning says the same. Lengths are posit
 
 from __future__ import annotations
 
+from qwen3_tg.checkpoint.types import FLOATS
 from qwen3_tg.config import ModelConfig
 
 FIRST_STEP = 2048
@@ -10,12 +11,17 @@ GROWTH = 2  # how many times as large each later step is
 # A limit so near is the next step itself: to take twice and soon the rest again would have two
 # almost full caches in memory.
 _NEAR = 3
+_SCALE_BYTES = 4  # of int8: a float32
 
 
-def cache_bytes(config: ModelConfig, capacity: int, itemsize: int) -> int:
-    """Bytes of keys and values of all layers: two times (capacity, K, Hd) each."""
-    one = capacity * config.num_key_value_heads * config.head_dim * itemsize
-    return 2 * config.num_hidden_layers * one
+def cache_bytes(config: ModelConfig, capacity: int, kv_dtype: str) -> int:
+    """Bytes of keys and values of all layers: two times (capacity, K, Hd) each, and of int8 a scale
+    for each head."""
+    if kv_dtype == "int8":
+        head = config.head_dim + _SCALE_BYTES
+    else:
+        head = config.head_dim * FLOATS[kv_dtype]
+    return 2 * config.num_hidden_layers * capacity * config.num_key_value_heads * head
 
 
 def first_capacity(limit: int) -> int:

@@ -67,10 +67,11 @@ def load(
     the hub's cache.
 
     `dtype` is what it computes in: "float32", "float16" or "bfloat16"; by default the best the
-    device does well; `kv_dtype` what the cache of keys and values is kept in, by default the same.
-    On a CPU `kernels` are "fast" (the default: float16 for the cache, and 16 bits for activations
-    that meet integer weights), "exact" (float32 for both; the default where `dtype` is "float32")
-    or "generic" (tinygrad's lowering), and `threads` is one a core unless it is given.
+    device does well; `kv_dtype` what the cache of keys and values is kept in, one of these or
+    "int8"; by default the same. On a CPU `kernels` are "fast" (the default: float16 for the cache,
+    and 16 bits for activations that meet integer weights), "exact" (float32 for both; the default
+    where `dtype` is "float32") or "generic" (tinygrad's lowering), and `threads` is one a core
+    unless it is given.
     `context` is the most tokens of prompt and answer together; by default what the checkpoint was
     made for. Beyond that YaRN is switched on with the factor it takes. `on_progress` is called with
     bytes of weights done and all of them.

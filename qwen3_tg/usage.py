@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from qwen3_tg.checkpoint.types import FLOATS
 from qwen3_tg.device.names import each
 from qwen3_tg.kv_sizes import cache_bytes
 from qwen3_tg.llm import LLM, load
@@ -68,7 +67,7 @@ def loaded_report(llm: LLM) -> str:
 def used_report(llm: LLM) -> str:
     """Planned against allocated after a reply, when everything is there."""
     plan, device, capacity = plan_of(llm), llm.policy.device, llm.cache_capacity
-    cache = cache_bytes(llm.config, capacity, FLOATS[llm.policy.kv_dtype])
+    cache = cache_bytes(llm.config, capacity, llm.policy.kv_dtype)
     cache //= len(llm.policy.devices)
     exact = plan.weights_bytes + cache + plan.rope_bytes + plan.logits_bytes
     scratch = scratch_bytes(_size(llm), llm.policy, capacity, _factor(llm))

@@ -13,10 +13,11 @@ typedef struct {
     int heads, kv_heads, head_dim, cache_type;
     i64 start, positions, row;  // row: floats of q, k and v of one position side by side
     const i32 *rows;            // in a batch, position and slot of each; else 0
-    const i64 *k_slots, *v_slots;  // and where the caches of each slot are
+    const i64 *slots;           // and the step's numbers, of which some say where those of slots are
     float *qkv, *out;           // q is read from qkv and already turned
     u8 *k_cache, *v_cache;      // (capacity, kv_heads, head_dim)
     float *parts;               // (parts, heads, head_dim + 2)
+    float *k_scale, *v_scale;   // (capacity, kv_heads), of I8
 } Attention;
 
 // The position of the s-th new one.
@@ -25,22 +26,60 @@ ALWAYS i64 position_of(const Attention *a, i64 s) { return a->rows ? a->rows[2 *
 // Let the caches be those of the s-th new position.
 ALWAYS void choose_caches(Attention *a, i64 s) {
     if (!a->rows) return;
-    a->k_cache = (u8 *)a->k_slots[a->rows[2 * s + 1]], a->v_cache = (u8 *)a->v_slots[a->rows[2 * s + 1]];
+    i64 slot = a->rows[2 * s + 1];
+    a->k_cache = (u8 *)((i64 *)a->slots[5])[slot], a->v_cache = (u8 *)((i64 *)a->slots[6])[slot];
+    if (a->cache_type != I8) return;
+    a->k_scale = (float *)((i64 *)a->slots[9])[slot], a->v_scale = (float *)((i64 *)a->slots[10])[slot];
 }
 
-ALWAYS i64 type_size(int type) { return type == F32 ? 4 : 2; }
+ALWAYS i64 type_size(int type) { return type == F32 ? 4 : type == I8 ? 1 : 2; }
 
 ALWAYS const u8 *cached(const Attention *a, const u8 *cache, i64 position, int kv_head) {
     return cache + (position * a->kv_heads + kv_head) * a->head_dim * type_size(a->cache_type);
 }
 
-static void read_cached(int type, const u8 *p, i64 n, float *out) {
-    Matrix row = {.type = type, .inputs = n, .data = {p}};
-    floats(&row, 0, 0, n, out);
+// `scales` are those of this cache, of I8.
+ALWAYS float *scale_of(const Attention *a, float *scales, i64 position, int kv_head) {
+    return scales + position * a->kv_heads + kv_head;
+}
+
+static void read_cached(const Attention *a, const u8 *cache, float *scales, i64 position, int kv_head,
+                        float *out) {
+    i64 n = a->head_dim, i = 0;
+    const u8 *p = cached(a, cache, position, kv_head);
+    if (a->cache_type != I8) {
+        Matrix row = {.type = a->cache_type, .inputs = n, .data = {p}};
+        floats(&row, 0, 0, n, out);
+        return;
+    }
+    float scale = *scale_of(a, scales, position, kv_head);
+    for (; i + 8 <= n; i += 8) store(out + i, eight(I8, p + i) * scale);
+    for (; i < n; i++) out[i] = one(I8, p + i) * scale;
+}
+
+// Integers from -127 to 127 and their scale; zeros where that is no normal number. What is not finite
+// makes the scale infinite, and 0 times that is not a number.
+static void write_integers(u8 *p, i64 n, const float *x, float *scale) {
+    float most = 0;
+    for (i64 i = 0; i < n; i++) {
+        float size = x[i] == x[i] ? __builtin_fabsf(x[i]) : __builtin_inff();
+        most = size > most ? size : most;
+    }
+    *scale = most * (1.0f / 127);
+    int usable = *scale >= 0x1p-126f && *scale < __builtin_inff();
+    for (i64 i = 0; i < n; i++) p[i] = usable ? (u8)(i8)__builtin_rintf(x[i] / *scale) : 0;
 }
 
 // Round to the cache's type; what float16 cannot hold becomes its greatest number.
-static void write_cached(int type, u8 *p, i64 n, const float *x) {
+static void write_cached(const Attention *a, u8 *cache, float *scales, i64 position, int kv_head,
+                         const float *x) {
+    int type = a->cache_type;
+    i64 n = a->head_dim;
+    u8 *p = (u8 *)cached(a, cache, position, kv_head);
+    if (type == I8) {
+        write_integers(p, n, x, scale_of(a, scales, position, kv_head));
+        return;
+    }
     for (i64 i = 0; i < n; i++) {
         float v = x[i];
         if (type == F32) {
@@ -158,6 +197,12 @@ ALWAYS void mix(const int type, const int queries, const float *weights, i64 ld,
                 out[g * ldo + i] += one(type, v[j] + size * i) * weights[g * ld + j];
 }
 
+// Scores of four keys, or weights of four values, of I8, by their scales.
+ALWAYS void by_scales(const int queries, const float scale[4], float *scores) {
+    for (int g = 0; g < queries; g++)
+        for (int j = 0; j < 4; j++) scores[g * SOME_KEYS + j] *= scale[j];
+}
+
 // All heads, over the keys of one part, in the order in which they lie in memory: four positions
 // at a time. Of the last ones there may be fewer: the same is read again, and counts nothing.
 ALWAYS void part_of(const Attention *a, const int type, i64 first, i64 end, float *scores, float *out) {
@@ -173,8 +218,10 @@ ALWAYS void part_of(const Attention *a, const int type, i64 first, i64 end, floa
             for (i64 j = 0; j < n; j += 4)
                 for (int kv = 0; kv < a->kv_heads; kv++) {
                     const u8 *p[4];
+                    float scale[4];
                     for (int i = 0; i < 4; i++) {
                         i64 position = t + (j + i < n ? j + i : n - 1);
+                        if (type == I8) scale[i] = *scale_of(a, values ? a->v_scale : a->k_scale, position, kv);
                         p[i] = cached(a, values ? a->v_cache : a->k_cache, position, kv);
                         for (i64 b = 0; b < d * type_size(type); b += 64)
                             __builtin_prefetch(p[i] + 4 * row + b);
@@ -182,10 +229,12 @@ ALWAYS void part_of(const Attention *a, const int type, i64 first, i64 end, floa
                     for (int h = kv * group; h < (kv + 1) * group; h += 2) {
                         float *of = scores + h * SOME_KEYS + j;
                         int both = h + 1 < (kv + 1) * group;
+                        if (values && type == I8) by_scales(1 + both, scale, of);
                         if (!values && both) dots(type, 2, a->qkv + h * d, p, d, of, SOME_KEYS);
                         else if (!values) dots(type, 1, a->qkv + h * d, p, d, of, SOME_KEYS);
                         else if (both) mix(type, 2, of, SOME_KEYS, p, d, out + h * ld, ld);
                         else mix(type, 1, of, SOME_KEYS, p, d, out + h * ld, ld);
+                        if (!values && type == I8) by_scales(1 + both, scale, of);
                     }
                 }
             for (int h = 0; h < a->heads && !values; h++) {
@@ -204,6 +253,7 @@ ALWAYS void part_of(const Attention *a, const int type, i64 first, i64 end, floa
 static void part(const Attention *a, i64 first, i64 end, float *scores, float *out) {
     if (a->cache_type == F32) part_of(a, F32, first, end, scores, out);
     else if (a->cache_type == F16) part_of(a, F16, first, end, scores, out);
+    else if (a->cache_type == I8) part_of(a, I8, first, end, scores, out);
     else part_of(a, BF16, first, end, scores, out);
 }
 
@@ -255,7 +305,7 @@ static void block(const Attention *a, int kv_head, i64 s0, i64 n, float *room) {
         for (i64 p = 0; p < seen; p += PANEL) {
             for (i64 j = 0; j < PANEL; j++) {
                 float *key = values + j * d;  // free until step 3
-                if (p + j < seen) read_cached(a->cache_type, cached(a, a->k_cache, t + p + j, kv_head), d, key);
+                if (p + j < seen) read_cached(a, a->k_cache, a->k_scale, t + p + j, kv_head, key);
                 else __builtin_memset(key, 0, 4 * d);
             }
             for (int i = 0; i < PANEL; i += 8) turn_rows(values + i * d, d, d, keys + i);
@@ -278,7 +328,7 @@ static void block(const Attention *a, int kv_head, i64 s0, i64 n, float *room) {
         }
         // 3. Values, mixed by it.
         for (i64 j = 0; j < seen; j++) {
-            read_cached(a->cache_type, cached(a, a->v_cache, t + j, kv_head), d, values + j * wide);
+            read_cached(a, a->v_cache, a->v_scale, t + j, kv_head, values + j * wide);
             for (i64 i = d; i < wide; i++) values[j * wide + i] = 0;
         }
         for (i64 i = 0; i < wide; i += PANEL)

@@ -42,6 +42,7 @@ _ARRAYS = {
 _MOST_ARRAYS = 4
 _SCALES = {"AWQ": 2, "GPTQ": 2, "FP8": 1, "MLX": 1}  # which of them the scales are
 _FLOAT_TYPES = {dtypes.float32: 0, dtypes.float16: 1, dtypes.bfloat16: 2, dtypes.uint16: 2}
+_CACHE_TYPES = _FLOAT_TYPES | {dtypes.int8: len(TYPES)}
 # In the order of the enums in steps.c.
 _EMBED, _NORM, _LINEAR, _CACHE, _ATTEND, _ROUTE, _GROUP, _EXPERTS, _COMBINE = range(9)
 # The functions there that do them.
@@ -210,12 +211,12 @@ class Steps:
         x: int,
         weights: AttentionWeights,
         rope: Tensor,
-        k_caches: Sequence[Tensor],
-        v_caches: Sequence[Tensor],
+        caches: Sequence[Sequence[Tensor]],
     ) -> int:
-        """x + attention(norm(x)); the new keys and values are written to the caches, (1, capacity,
-        K, Hd) each: one, or in a batch those of each slot. `rope` is (positions, Hd): cosines, then
-        sines."""
+        """x + attention(norm(x)); the new keys and values are written to the caches: those of the
+        one sequence, or in a batch of each slot. They are keys and values, (1, capacity, K, Hd)
+        each, and of int8 the scales of both, (1, capacity, K) float32. `rope` is (positions, Hd):
+        cosines, then sines."""
         H, K, D = weights.heads, weights.kv_heads, weights.q_proj.shape[1]
         Hd = weights.q_proj.shape[0] // H
         qkv, mixed = self._room("qkv", (H + 2 * K) * Hd), self._room("mixed", H * Hd)
@@ -223,9 +224,10 @@ class Steps:
         parts = self._kernels.room("parts", alone * _MOST_PARTS * H * (Hd + 2) * 4)
         projections = [weights.q_proj, weights.k_proj, weights.v_proj]
         self._normed(x, weights.norm, projections, qkv)
-        caches = self._slots(k_caches), self._slots(v_caches)
-        cache_type = _FLOAT_TYPES[k_caches[0].dtype]
-        shape = H, K, Hd, cache_type, qkv, *caches, mixed, parts, self._batch
+        keys, values, *scales = map(self._slots, zip(*caches, strict=True))
+        cache_type = _CACHE_TYPES[caches[0][0].dtype]
+        read = keys, values, mixed, parts, *(scales or [0, 0]), self._batch
+        shape = H, K, Hd, cache_type, qkv, *read
         norms = (self._address(norm) for norm in (weights.q_norm, weights.k_norm))
         self._add(_CACHE, *shape, *norms, self._address(rope), self._eps)
         self._add(_ATTEND, *shape, self._flags)
@@ -362,7 +364,7 @@ class Steps:
         """The address of scratch for (S, width) numbers of four bytes."""
         return self._kernels.room(name, self._S * width * 4)
 
-    def _slots(self, caches: Sequence[Tensor]) -> int:
+    def _slots(self, caches: tuple[Tensor, ...]) -> int:
         """The address of the one cache, or in a batch of the addresses of all."""
         addresses = [self._address(cache) for cache in caches]
         if not self._batch:

@@ -147,9 +147,11 @@ ALWAYS void dot_units(UnitOf *unit, const int values, const int bytes, const int
 }
 
 ALWAYS f8 eight(const int type, const u8 *p) {
+    if (type == I8) return __builtin_convertvector(READ(i8x8, p), f8);
     return type == F32 ? READ(f8, p) : type == F16 ? halves(p) : bfloats(p);
 }
 ALWAYS float one(const int type, const u8 *p) {
+    if (type == I8) return (float)(i8)*p;
     return type == F32 ? READ(float, p) : type == F16 ? half(p) : bfloat(p);
 }
 

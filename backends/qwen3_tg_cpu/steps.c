@@ -191,40 +191,42 @@ static void linear(const Task *t) {
     }
 }
 
-// heads, key/value heads, size of a head, type of the caches, q k v, keys, values, out, parts,
-// whether it is of a batch: keys and values are then int64 addresses, of those of each slot
+// heads, key/value heads, size of a head, type of the caches, q k v, keys, values, out, parts, scales
+// of keys and of values or 0, whether it is of a batch: the caches are then int64 addresses, of those
+// of each slot
 static Attention attention(const Task *t) {
     const i64 *n = t->step;
     Attention a = {.heads = (int)n[0], .kv_heads = (int)n[1], .head_dim = (int)n[2],
                    .cache_type = (int)n[3], .start = t->start, .positions = t->positions,
                    .row = (n[0] + 2 * n[1]) * n[2], .qkv = at(t, 4), .k_cache = at(t, 5),
-                   .v_cache = at(t, 6), .out = at(t, 7), .parts = at(t, 8)};
-    if (n[9]) a.rows = t->rows, a.k_slots = at(t, 5), a.v_slots = at(t, 6);
+                   .v_cache = at(t, 6), .out = at(t, 7), .parts = at(t, 8), .k_scale = at(t, 9),
+                   .v_scale = at(t, 10)};
+    if (n[11]) a.rows = t->rows, a.slots = n;
     return a;
 }
 
 // QK-norm and RoPE; new keys and values go to the caches. q is scaled for the scores.
-// attention's ten, weights of q_norm and k_norm, table of RoPE, eps
+// attention's twelve, weights of q_norm and k_norm, table of RoPE, eps
 static void cache(const Task *t) {
     Attention a = attention(t);
     i64 d = a.head_dim, all = a.heads + 2 * a.kv_heads;
-    float eps = as_float(t->step[13]), scale = 1.0f / __builtin_sqrtf((float)d);
+    float eps = as_float(t->step[15]), scale = 1.0f / __builtin_sqrtf((float)d);
     i64 items = a.positions * all, each = a.positions == 1 ? 4 : all;
     for (i64 first; (first = take(t->pool, (int)each)) < items;)
         for (i64 item = first; item < first + each && item < items; item++) {
             i64 s = item / all, head = item % all, position = position_of(&a, s), kv = head - a.heads;
-            const float *turn = (float *)at(t, 12) + position * d;
+            const float *turn = (float *)at(t, 14) + position * d;
             float *x = a.qkv + s * a.row + head * d;
             choose_caches(&a, s);
             if (head < a.heads) {
-                norm_and_turn(x, at(t, 10), turn, d, eps);
+                norm_and_turn(x, at(t, 12), turn, d, eps);
                 for (i64 i = 0; i < d; i++) x[i] *= scale;
             } else if (kv < a.kv_heads) {
-                norm_and_turn(x, at(t, 11), turn, d, eps);
-                write_cached(a.cache_type, (u8 *)cached(&a, a.k_cache, position, (int)kv), d, x);
+                norm_and_turn(x, at(t, 13), turn, d, eps);
+                write_cached(&a, a.k_cache, a.k_scale, position, (int)kv, x);
             } else {
                 kv -= a.kv_heads;
-                write_cached(a.cache_type, (u8 *)cached(&a, a.v_cache, position, (int)kv), d, x);
+                write_cached(&a, a.v_cache, a.v_scale, position, (int)kv, x);
             }
         }
 }
@@ -266,10 +268,10 @@ static void attend_alike(const Task *t, const Attention *a) {
     }
 }
 
-// Scores, softmax, mixed values. attention's ten, flags
+// Scores, softmax, mixed values. attention's twelve, flags
 static void attend(const Task *t) {
     Attention a = attention(t);
-    if (a.positions == 1 || a.rows || t->step[10] & ALIKE) {
+    if (a.positions == 1 || a.rows || t->step[12] & ALIKE) {
         attend_alike(t, &a);
         return;
     }

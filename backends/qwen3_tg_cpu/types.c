@@ -7,7 +7,8 @@
 
 enum {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS,
-    AWQ, GPTQ, FP8, MLX
+    AWQ, GPTQ, FP8, MLX,
+    I8  // of the cache of keys and values alone: integers, whose scales lie apart
 };
 
 // A matrix of `outputs` rows. `data` are its arrays in the order of the file's format.

@@ -5,9 +5,9 @@ model.layers.3.self_attn.q_proj.weight. Axes: S new positions, T all positions s
 heads, K key/value heads, Hd head size, D hidden, F intermediate, E experts, V vocabulary. There is
 no batch axis: one sequence at a time. `start_pos` is the position of the first new token.
 
-Everything is float32. What it computes is transformers' Qwen3ForCausalLM, or Qwen3MoeForCausalLM,
-with eager attention; it is written from the formulae, and the same model on tinygrad is
-qwen3_tg/model.py.
+Everything is float32, but that the cache may keep keys and values in 8 bits. What it computes is
+transformers' Qwen3ForCausalLM, or Qwen3MoeForCausalLM, with eager attention; it is written from the
+formulae, and the same model on tinygrad is qwen3_tg/model.py.
 """
 
 from __future__ import annotations
@@ -82,24 +82,49 @@ def silu(x: Array) -> Array:
     return out
 
 
-class LayerCache:
-    """Keys (normalised and rotated) and values of one layer. k, v: (T, K, Hd)"""
+def quantise(x: Array) -> tuple[Array, Array]:
+    """Each head as integers from -127 to 127 and a scale: its largest number becomes 127 or -127.
+    Heads of zeros, or too small for normal numbers, become zeros; of those with infinities or NaN
+    nothing finite is left. x: (..., Hd) -> (..., Hd) int8, (...) float32"""
+    scale = np.abs(x).max(axis=-1) * np.float32(1 / 127)
+    is_normal = (scale >= np.finfo(np.float32).tiny) & (scale < np.inf)
+    steps = x / np.where(is_normal, scale, 1)[..., None]
+    q = np.rint(np.where(is_normal[..., None], steps, 0)).astype(np.int8)  # ties to even
+    return q, scale
 
-    def __init__(self, config: ModelConfig):
-        self.k = np.zeros((0, config.num_key_value_heads, config.head_dim), dtype=np.float32)
-        self.v = self.k
+
+def dequantise(q: Array, scale: Array) -> Array:
+    """q: (..., Hd) int8, scale: (...) -> (..., Hd) float32"""
+    values: Array = q.astype(np.float32) * scale[..., None]
+    return values
+
+
+class LayerCache:
+    """Keys (normalised and rotated) and values of one layer, as they are or as int8 with scales.
+    k, v: (T, K, Hd); k_scale, v_scale: (T, K), used for int8 alone"""
+
+    def __init__(self, config: ModelConfig, int8: bool = False):
+        shape, self.int8 = (0, config.num_key_value_heads, config.head_dim), int8
+        self.k = self.v = np.zeros(shape, dtype=np.int8 if int8 else np.float32)
+        self.k_scale = self.v_scale = np.zeros(shape[:2], dtype=np.float32)
 
     def update(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Append S new positions and return all T. k, v: (S, K, Hd) -> 2 x (T, K, Hd)"""
+        if not self.int8:
+            self.k, self.v = np.concatenate([self.k, k]), np.concatenate([self.v, v])
+            return self.k, self.v
+        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
         self.k, self.v = np.concatenate([self.k, k]), np.concatenate([self.v, v])
-        return self.k, self.v
+        self.k_scale = np.concatenate([self.k_scale, k_scale])
+        self.v_scale = np.concatenate([self.v_scale, v_scale])
+        return dequantise(self.k, self.k_scale), dequantise(self.v, self.v_scale)
 
 
 class KVCache:
     """One LayerCache a layer. The next token's position is how many are stored: no second count."""
 
-    def __init__(self, config: ModelConfig):
-        self.layers = [LayerCache(config) for _ in range(config.num_hidden_layers)]
+    def __init__(self, config: ModelConfig, int8: bool = False):
+        self.layers = [LayerCache(config, int8) for _ in range(config.num_hidden_layers)]
 
     @property
     def length(self) -> int:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen3_tg.checkpoint import StoredWeight
-from qwen3_tg.checkpoint.types import FLOATS
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import UsageError, check_count
 from qwen3_tg.kv_sizes import cache_bytes
@@ -119,8 +118,7 @@ def measure(
                 name = Measured(kind, count, depth, (), 0).name
                 on_progress(f"{name}, round {n} of {rounds}" if n else f"{name}, warming up")
                 per_s.append(count / run(llm, random, before, count))
-            itemsize = FLOATS[llm.policy.kv_dtype]
-            cache = cache_bytes(llm.config, depth + count // 2, itemsize)
+            cache = cache_bytes(llm.config, depth + count // 2, llm.policy.kv_dtype)
             found.append(Measured(kind, count, depth, tuple(per_s[1:]), weights + cache))
         pairs = [(batch, count) for batch in batches if batch > 1 for count in news if count]
         found += [_batch(llm, random, depth, *pair, rounds, on_progress) for pair in pairs]
@@ -154,7 +152,7 @@ def _batch(
             slots.end(slot)
     gains = tuple(many / one for many, one in zip(per_s[1:], alone[1:], strict=True))
     weights = token_bytes(llm.config, llm.checkpoint.weights)
-    cache = cache_bytes(llm.config, depth + count // 2, FLOATS[llm.policy.kv_dtype])
+    cache = cache_bytes(llm.config, depth + count // 2, llm.policy.kv_dtype)
     return Measured(
         "decode", count, depth, tuple(per_s[1:]), weights // batch + cache, batch, gains
     )

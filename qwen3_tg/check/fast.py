@@ -14,8 +14,8 @@ from qwen3_tg.check.lowered import Judge
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy
 from qwen3_tg.forward import attention_weights, mlp_weights
-from qwen3_tg.kv_cache import LayerCache
-from qwen3_tg.linear import DTYPES, Weight
+from qwen3_tg.kv_cache import KV_DTYPES, LayerCache, dequantise, quantise
+from qwen3_tg.linear import Weight
 from qwen3_tg.model import Block, MoE
 
 # Steps of the model that are inside of one of these kernels.
@@ -52,7 +52,7 @@ class FastLayer:
         self._block = Block(config, weights, layer)
         self._attention = attention_weights(kernels, self._block)
         self._mlp = mlp_weights(kernels, self._block)
-        kv_dtype = DTYPES[policy.kv_dtype]
+        kv_dtype = KV_DTYPES[policy.kv_dtype]
         self._cache = LayerCache(config, capacity, kv_dtype, policy.device)
         self._own_cache = LayerCache(config, capacity, kv_dtype, policy.device)
         self._H, self._K, self._Hd = (
@@ -99,10 +99,8 @@ class FastLayer:
         # These kernels scale queries, not scores, and keep keys in the cache alone.
         q = judge("q_rope", q.reshape(S, H, Hd) * np.float32(Hd**0.5)) * np.float32(Hd**-0.5)
         self._write("qkv", np.concatenate([q.reshape(S, H * Hd), k, v], axis=1))
-        keys = self._own_cache.k[0].float().numpy()
         rows = slice(start_pos, start_pos + S)
-        keys[rows] = judge("k_rope", keys[rows])
-        self._keep_keys(keys)
+        self._keep_keys(rows, judge("k_rope", self._keys()[rows]))
         next_step()
         seen("mix", "mixed", (S, H * Hd))
         next_step()
@@ -145,18 +143,27 @@ class FastLayer:
         at = Tensor(np.array([start_pos, S], dtype=np.int32), device="CPU").realize()
         steps = self._kernels.steps(ids, at, self._eps)
         x = self._kernels.room("x", padded * self._attention.q_proj.shape[1] * 4)
-        middle = steps.attention(x, self._attention, self._rope, [cache.k], [cache.v])
+        middle = steps.attention(x, self._attention, self._rope, [cache.tensors])
         attention_end = len(steps)
         add = steps.experts if self._mlp.router else steps.mlp
         add(middle, self._mlp)
         return steps, attention_end
 
-    def _keep_keys(self, keys: np.ndarray) -> None:
-        """Where they are: the kernels know the address."""
-        cache = self._own_cache.k
-        bits = dtypes.uint32 if cache.dtype.itemsize == 4 else dtypes.uint16
-        rounded = Tensor(keys, device="CPU").cast(cache.dtype).bitcast(bits).realize()
-        write(cache, rounded.numpy())
+    def _keys(self) -> np.ndarray:
+        """All that are cached. (capacity, K, Hd)"""
+        k, scale = self._own_cache.k, self._own_cache.k_scale
+        found: np.ndarray = (k if scale is None else dequantise(k, scale))[0].float().numpy()
+        return found
+
+    def _keep_keys(self, rows: slice, keys: np.ndarray) -> None:
+        """Where they are: the kernels know the address. keys: (S, K, Hd)"""
+        k, scale = self._own_cache.k, self._own_cache.k_scale
+        given = Tensor(keys, device="CPU")
+        if scale is None:
+            _put(k, rows, given.cast(k.dtype))
+            return
+        for tensor, part in zip((k, scale), quantise(given), strict=True):
+            _put(tensor, rows, part)
 
     def _write(self, room: str, values: np.ndarray) -> None:
         """Integers by their bits: the choice of experts."""
@@ -167,6 +174,14 @@ class FastLayer:
     def _read(self, room: str, shape: tuple[int, ...]) -> np.ndarray:
         values = self._kernels.scratch(room)[: int(np.prod(shape))].reshape(shape)
         return np.array(values.view(np.int32) if room == "chosen" else values)
+
+
+def _put(tensor: Tensor, rows: slice, values: Tensor) -> None:
+    """Some rows of a cache, bit by bit."""
+    bits = getattr(dtypes, f"uint{8 * tensor.dtype.itemsize}")
+    kept = np.array(tensor.bitcast(bits).numpy())
+    kept[0, rows] = values.bitcast(bits).numpy()
+    write(tensor, kept)
 
 
 def embed(weight: Weight, ids: np.ndarray, kernels: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from tinygrad import Tensor, UOp, dtypes
 from qwen3_tg.buffers import write
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy
-from qwen3_tg.kv_cache import LayerCache
+from qwen3_tg.kv_cache import KV_DTYPES, LayerCache
 from qwen3_tg.linear import DTYPES, Embedding, Linear, Weight
 from qwen3_tg.model import Block, RMSNorm
 from qwen3_tg.placement import empty, place
@@ -43,7 +43,7 @@ class LoweredLayer:
     ):
         self._block, self._rope, self._policy = Block(config, weights, layer), rope, policy
         self._capacity = capacity
-        kv_dtype = DTYPES[policy.kv_dtype]
+        kv_dtype = KV_DTYPES[policy.kv_dtype]
         self._cache = LayerCache(config, capacity, kv_dtype, policy.device)
         self._own_cache = LayerCache(config, capacity, kv_dtype, policy.device)
         self._graphs: dict[int, tuple[Tensor, Callable[[UOp], Tensor]]] = {}

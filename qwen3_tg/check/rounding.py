@@ -19,6 +19,8 @@ from qwen3_tg.device import Policy
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Errors are spread evenly between none and a whole unit, of numbers between 1 and 2.
 _TYPICAL = 0.5
+# Of an int8, by the greatest number of its head: errors are spread evenly over a step of 1/127.
+_INT8_TYPICAL = 1 / (127 * 12**0.5)
 _FEW = 4.0  # operations one after the other in float32, such as those of exp
 _IN_FLOAT32 = ("scores", "probs", "topk_weights", "lm_head")
 _BLOCK = 32  # activations that share a scale in the CPU's fast kernels
@@ -38,6 +40,8 @@ class Rounding:
         """Typical error of a step's value by being kept, for each of its numbers."""
         dtype = "float32" if name in _IN_FLOAT32 else self.policy.dtype
         if name == "k_rope" and self.policy.kernels != "generic":  # kept in the cache alone
+            if self.policy.kv_dtype == "int8":
+                return self._cached(value)
             dtype = self.policy.kv_dtype
         unit = max(UNIT[dtype], _FEW * UNIT["float32"])
         return np.asarray(np.abs(value) * np.float32(_TYPICAL * unit))
@@ -64,10 +68,10 @@ class Rounding:
             units.append(UNIT[policy.dtype])  # of weights, in the activations' type
         if self.unpacked_as and (feeds_matrix or name == "embed_tokens"):
             units.append(UNIT[self.unpacked_as])
-        if name in ("k_rope", "v_proj"):
-            units.append(UNIT[policy.kv_dtype])
         relative = np.sqrt(np.sum(np.square(units)))
         error = np.abs(value) * np.float32(_TYPICAL * relative)
+        if name in ("k_rope", "v_proj"):
+            error = np.hypot(error, self._cached(value))
         if name in ("q_norm", "k_norm"):
             angle = UNIT["float32"] * (start_pos + np.arange(len(value), dtype=np.float32))
             error = error + np.abs(value) * angle.reshape(-1, *[1] * (value.ndim - 1))
@@ -76,6 +80,15 @@ class Rounding:
             spread = np.broadcast_to(blocks * np.float32(_BLOCK_UNIT), (*blocks.shape[:-1], _BLOCK))
             error = error + _TYPICAL * spread.reshape(value.shape)
         return np.asarray(error, dtype=np.float32)
+
+    def _cached(self, value: np.ndarray) -> np.ndarray:
+        """Typical error of keys or values by being kept in the cache. value: (S, K, Hd), or (S,
+        K*Hd)"""
+        if self.policy.kv_dtype != "int8":
+            return np.asarray(np.abs(value) * np.float32(_TYPICAL * UNIT[self.policy.kv_dtype]))
+        heads = np.abs(value).reshape(len(value), -1, self.config.head_dim)
+        error = heads.max(axis=-1, keepdims=True) * np.float32(_INT8_TYPICAL)
+        return np.broadcast_to(error, heads.shape).reshape(value.shape)
 
 
 def by_position(name: str, value: np.ndarray) -> np.ndarray:

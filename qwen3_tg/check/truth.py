@@ -84,6 +84,8 @@ class LayerTruth:
         twin = self._block(twin, all_, start_pos, together)
         if "gate" in truth.values:
             self._of_few(truth, start_pos)
+        if "scores" in truth.noise and self._rounding.policy.kv_dtype == "int8":
+            self._of_few_keys(truth, clean.k, start_pos)
         truth.decided = self._decided(truth)
         return truth, twin
 
@@ -102,6 +104,16 @@ class LayerTruth:
         error = np.take_along_axis(self._rounding.used("gate", logits, start_pos), ids, 1)
         typical = size("topk_weights", truth.values["topk_weights"] * error)
         truth.noise["topk_weights"] = np.hypot(truth.noise["topk_weights"], typical)
+
+    def _of_few_keys(self, truth: Truth, k: np.ndarray, start_pos: int) -> None:
+        """The same for the scores of the first positions, of which there are few: int8 makes their
+        error large. A score is a sum over a head, in which each number of the key is off. k: (T, K,
+        Hd)"""
+        q, error = truth.values["q_rope"], self._rounding.used("k_rope", k, 0)
+        each = np.repeat(error, q.shape[1] // k.shape[1], axis=1)  # (T, H, Hd)
+        variance = (q**2).transpose(1, 0, 2) @ (each**2).transpose(1, 2, 0)  # (H, S, T)
+        typical = size("scores", _seen("scores", np.sqrt(variance / q.shape[-1]), start_pos))
+        truth.noise["scores"] = np.hypot(truth.noise["scores"], typical)
 
     def _decided(self, truth: Truth) -> np.ndarray:
         if "gate" not in truth.values:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from qwen3_tg.cli.sizes import read_size
-from qwen3_tg.device import DTYPE_NAMES, KERNELS
+from qwen3_tg.device import DTYPE_NAMES, KERNELS, KV_DTYPE_NAMES
 from qwen3_tg.errors import UsageError
 
 # Command: the module in this room and its function that runs it, imported only then.
@@ -219,8 +219,9 @@ def _add_device(
 def _add_kernels(run: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--kv-dtype",
-        choices=DTYPE_NAMES,
-        help="of the cache of keys and values; by default as --dtype, or float16 with fast kernels",
+        choices=KV_DTYPE_NAMES,
+        help="of the cache of keys and values; by default as --dtype, or float16 with fast "
+        "kernels; int8 takes about half of that",
     )
     run.add_argument(
         "--kernels",
@@ -376,7 +377,9 @@ def _add_plan(parser: _Parser) -> None:
         metavar="N",
         help="tokens of prompt and answer together; or several, 4096,32768",
     )
-    parser.add_argument("--kv-dtype", choices=DTYPE_NAMES, help="of the cache of keys and values")
+    parser.add_argument(
+        "--kv-dtype", choices=KV_DTYPE_NAMES, help="of the cache of keys and values"
+    )
     parser.add_argument(
         "--memory",
         metavar="SIZE",
@@ -516,7 +519,9 @@ def _add_tune(parser: _Parser) -> None:
     parser.add_argument("--shape", metavar="NAME", help="a released model's shape: Qwen3-8B")
     parser.add_argument("--quant", metavar="Q", help="how --shape stores weights (default: bf16)")
     _add_device(parser)
-    parser.add_argument("--kv-dtype", choices=DTYPE_NAMES, help="of the cache of keys and values")
+    parser.add_argument(
+        "--kv-dtype", choices=KV_DTYPE_NAMES, help="of the cache of keys and values"
+    )
     parser.add_argument("--kernels", choices=("generic",), help="needed on a CPU")
     parser.add_argument("--beam", type=int, default=4, metavar="N", help="ways kept a step (4)")
     parser.add_argument(

@@ -15,7 +15,7 @@ from qwen3_tg.device.memory import (
     takes_read_only,
 )
 from qwen3_tg.device.missing import Missing
-from qwen3_tg.device.names import DTYPE_NAMES, KERNELS
+from qwen3_tg.device.names import DTYPE_NAMES, KERNELS, KV_DTYPE_NAMES
 from qwen3_tg.device.policy import (
     Policy,
     check_single,
@@ -29,6 +29,7 @@ from qwen3_tg.device.policy import (
 __all__ = [
     "DTYPE_NAMES",
     "KERNELS",
+    "KV_DTYPE_NAMES",
     "DeviceReport",
     "Memory",
     "Missing",

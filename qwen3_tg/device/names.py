@@ -6,6 +6,9 @@ Several devices that compute together go by one name too, with commas: CUDA,CUDA
 import re
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
+# What keys and values can be kept in. int8 is read and written as integers with float32 scales, so
+# that every device has it.
+KV_DTYPE_NAMES = (*DTYPE_NAMES, "int8")
 # How a CPU computes: "fast" and "exact" by its own kernels (backends/qwen3_tg_cpu), "exact" without
 # rounding activations to 16 bits, "generic" by tinygrad's lowering, as every other device does.
 KERNELS = ("fast", "exact", "generic")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_tg.device import found
-from qwen3_tg.device.names import DTYPE_NAMES, KERNELS, each, family, gib
+from qwen3_tg.device.names import DTYPE_NAMES, KERNELS, KV_DTYPE_NAMES, each, family, gib
 from qwen3_tg.errors import DeviceError, UsageError, check_count
 
 # New positions a prefill step computes. Where it is short, prompts waste little on padding; where
@@ -55,9 +55,12 @@ def choose(
     with "fast" keys and values are kept in float16. `threads`: by default one a core.
 
     Raises DeviceError with what is missing, UsageError for a name or dtype that does not exist."""
-    for what, asked in (("dtype", dtype), ("kv_dtype", kv_dtype)):
-        if asked is not None and asked not in DTYPE_NAMES:
-            raise UsageError(f"{what} must be one of {', '.join(DTYPE_NAMES)}, found {asked!r}")
+    for what, asked, names in (
+        ("dtype", dtype, DTYPE_NAMES),
+        ("kv_dtype", kv_dtype, KV_DTYPE_NAMES),
+    ):
+        if asked is not None and asked not in names:
+            raise UsageError(f"{what} must be one of {', '.join(names)}, found {asked!r}")
     if kernels is not None and kernels not in KERNELS:
         raise UsageError(f"kernels must be one of {', '.join(KERNELS)}, found {kernels!r}")
     check_count("threads", threads, least=1)
@@ -65,7 +68,7 @@ def choose(
     found.be_patient(name)
     native = found.native_formats(name)
     for asked in (dtype, kv_dtype):
-        if asked is not None and asked not in native:
+        if asked not in (None, "int8", *native):
             raise DeviceError(
                 f"{name} does not compute in {asked}; it does {', '.join(sorted(native))}: "
                 "leave the dtype away or choose one of these"
@@ -154,7 +157,7 @@ def working_policies(kv_dtype: str | None = None) -> list[Policy]:
     policies = [
         choose(report.name, kv_dtype=kv_dtype)
         for report in found.reports()
-        if not report.missing and kv_dtype in (None, *report.native)
+        if not report.missing and kv_dtype in (None, "int8", *report.native)
     ]
     try:
         first = choose(kv_dtype=kv_dtype).device

@@ -16,8 +16,9 @@ from qwen3_tg.device import Policy, own_kernels
 from qwen3_tg.forward import attention_weights, mlp_weights
 from qwen3_tg.kernels.lower import TIMES, Kernel, phases
 from qwen3_tg.kernels.schedule import POSITION, ModelParts, sizes
-from qwen3_tg.kv_cache import LayerCache
-from qwen3_tg.linear import DTYPES, Weight, to_device
+from qwen3_tg.kv_cache import KV_DTYPES, LayerCache
+from qwen3_tg.kv_sizes import cache_bytes
+from qwen3_tg.linear import Weight, to_device
 from qwen3_tg.model import Block
 from qwen3_tg.step_graph import capture_at_once
 
@@ -68,7 +69,7 @@ def measured(
     }
     block = Block(config, weights, layer)
     positions, capacity = sizes(config, policy)
-    cache = LayerCache(config, capacity, DTYPES[policy.kv_dtype], policy.device)
+    cache = LayerCache(config, capacity, KV_DTYPES[policy.kv_dtype], policy.device)
     rope = Tensor.zeros(positions, config.head_dim, device=policy.device).contiguous().realize()
     attention, mlp = attention_weights(kernels, block), mlp_weights(kernels, block)
     norm = kernels.vector(weights["model.norm.weight"])
@@ -80,7 +81,7 @@ def measured(
         at = Tensor(np.array([start, S], dtype=np.int32), device=policy.device).realize()
         steps = kernels.steps(ids, at, config.rms_norm_eps)
         x = steps.embed(embedding)
-        middle = steps.attention(x, attention, rope, [cache.k], [cache.v])
+        middle = steps.attention(x, attention, rope, [cache.tensors])
         out = steps.experts(middle, mlp) if mlp.router else steps.mlp(middle, mlp)
         logits = steps.head(out, norm, head, every=False)
         logits.realize()  # memory that is first used takes longer
@@ -89,9 +90,9 @@ def measured(
         ):
             label, matrices = step
             if function == "attend":
-                K, Hd = config.num_key_value_heads, config.head_dim
-                read = 2 * (start + S) * K * Hd * cache.k.dtype.itemsize
-                flop = 4 * Hd * config.num_attention_heads * sum(range(start + 1, start + S + 1))
+                read = cache_bytes(config, start + S, policy.kv_dtype) // config.num_hidden_layers
+                pairs = sum(range(start + 1, start + S + 1))  # of a position and one it sees
+                flop = 4 * config.head_dim * config.num_attention_heads * pairs
             else:
                 if function == "embed":
                     read = S * embedding.nbytes // config.vocab_size

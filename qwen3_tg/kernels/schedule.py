@@ -20,7 +20,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy, as_default
-from qwen3_tg.kv_cache import LayerCache
+from qwen3_tg.kv_cache import KV_DTYPES, LayerCache
 from qwen3_tg.kv_sizes import first_capacity
 from qwen3_tg.linear import DTYPES, Embedding, Linear, Weight
 from qwen3_tg.model import Block, RMSNorm, Trace, no_trace
@@ -77,12 +77,17 @@ class ModelParts:
         self._norm = RMSNorm(weights["model.norm.weight"], config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self._head = self._embed.as_linear() if tied else Linear(weights["lm_head.weight"])
-        kv_dtype, device = DTYPES[policy.kv_dtype], policy.device
+        kv_dtype, device = KV_DTYPES[policy.kv_dtype], policy.device
         self._positions, self._capacity = sizes(config, policy)
         self._cache = LayerCache(config, self._capacity, kv_dtype, device)
         shape = self._positions, config.head_dim
         self._rope = Tensor.empty(*shape, dtype=dtypes.float32, device=device).realize()
-        named = {"rope": [self._rope], "k_cache": [self._cache.k], "v_cache": [self._cache.v]}
+        cache = self._cache
+        named = {
+            "rope": [self._rope],
+            "k_cache": [cache.k] if cache.k_scale is None else [cache.k, cache.k_scale],
+            "v_cache": [cache.v] if cache.v_scale is None else [cache.v, cache.v_scale],
+        }
         prefix = f"model.layers.{layer}."
         self._sizes: dict[str, int] = {}
         for name, weight in weights.items():
@@ -119,6 +124,8 @@ class ModelParts:
             key = call.src[0].key
             used[key] += 1
             first = [step for step in steps if needs[step][key] >= used[key]][:1]
+            if self._cache.k_scale is not None:  # touching no cache, it makes the scales of one
+                first = [{"scores": "k_cache", "mix": "v_cache"}.get(step, step) for step in first]
             known = self._known(call, inside)
             # a matrix that was dequantised for a chunk is known by its size
             written = call.src[1].buf_uop.buffer
@@ -150,6 +157,7 @@ class ModelParts:
         which product it is for."""
         written, *others = (id(u.buf_uop.buffer) for u in call.src[1:] if not u.is_bound_var)
         found = {names[number] for number in others if number in names}
+        found -= {names.get(written)}  # integers of a cache are made with its scales
         found = {{"k_cache": "scores", "v_cache": "mix"}.get(name, name) for name in found}
         return sorted(found | ({names[written]} if written in names else set()), key=_ORDER.index)
 

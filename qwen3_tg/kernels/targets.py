@@ -97,7 +97,7 @@ def policy_for(target: Target, dtype: str | None = None, kv_dtype: str | None = 
     """How the model would run there. Raises UsageError for a type that the target lacks."""
     native = formats_of(renderer_of(target), target.device)
     for asked in (dtype, kv_dtype):
-        if asked is not None and asked not in native:
+        if asked not in (None, "int8", *native):
             raise UsageError(
                 f"{target.name} does not compute in {asked}; it does {', '.join(sorted(native))}"
             )

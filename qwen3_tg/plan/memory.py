@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen3_tg.checkpoint.types import FLOATS
 from qwen3_tg.device import Policy
 from qwen3_tg.kv_sizes import cache_bytes, first_capacity, last_growth
 from qwen3_tg.plan.scratch import ModelSize, scratch_bytes
@@ -76,7 +75,7 @@ def make_plan(size: ModelSize, policy: Policy, context: int | None, factor: floa
     first, last = first_capacity(limit), last_growth(limit)
 
     def cache(positions: int) -> int:
-        return cache_bytes(config, positions, FLOATS[policy.kv_dtype]) // len(policy.devices)
+        return cache_bytes(config, positions, policy.kv_dtype) // len(policy.devices)
 
     return Plan(
         context=context,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from format_writers import random_model, write_awq, write_fp8, write_gguf, write
 from qwen3_tg_cpu import kernels, library
 
 from qwen3_tg import device as devices
-from qwen3_tg import model
+from qwen3_tg import kv_cache, model
 from qwen3_tg.check import lowered
 from qwen3_tg.check.run import WRONG, Report, check
 from qwen3_tg.cli import main
@@ -60,6 +61,43 @@ def test_the_cpus_own_kernels_are_right(name: str, how: str) -> None:
     assert report.first_wrong is None
     assert largest(report) < WRONG / 1.5
     assert report.yarn == name.startswith("yarn")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("untied_bfloat16", "fast"),
+        ("moe_bfloat16", "fast"),
+        ("untied_bfloat16", "generic"),
+        ("untied_bfloat16", "bfloat16"),
+    ],
+)
+def test_a_cache_in_int8_is_right_and_off_by_what_its_steps_make(name: str, how: str) -> None:
+    if how == "fast":
+        policy = devices.choose("CPU", kernels="fast", kv_dtype="int8")
+        report = check(str(GOLDEN / name), policy, tokens=40)
+    else:
+        dtype = {} if how == "generic" else {"dtype": how}
+        report = checked(name, kernels="generic", kv_dtype="int8", **dtype)
+    assert report.first_wrong is None
+    assert largest(report) < WRONG / 1.5
+    last = report.layers[-1]
+    assert 1e-3 < last.grown < 4 * last.expected < 0.2
+
+
+def test_what_int8_costs_the_embedded_model_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("check --device CPU --kv-dtype int8 --tokens 40".split()) == 0
+    out = capsys.readouterr().out
+    assert "cache int8, fast kernels" in out and "computes this model right" in out
+    grown, expected = map(float, re.findall(r"\d\.\de-\d\d", out))
+    assert 1e-3 < grown < 4 * expected < 0.05
+
+
+def test_a_fault_of_int8_in_tinygrads_lowering_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = faulty(kv_cache, "return q.float() * scale", "return q.float() * 1.1 * scale")
+    monkeypatch.setattr(lowered, "LayerCache", made.LayerCache)
+    wrong = checked("untied_bfloat16", kernels="generic", kv_dtype="int8").first_wrong
+    assert wrong is not None and wrong.name == "layers.0.self_attn.scores"
 
 
 def test_a_context_beyond_the_models_own_is_checked_with_yarn() -> None:
@@ -232,14 +270,14 @@ C_FAULTS = [
     (
         "layers.0.self_attn.q_rope",
         "untied_bfloat16",
-        "norm_and_turn(x, at(t, 10)",
-        "norm_and_turn(x, at(t, 11)",
+        "norm_and_turn(x, at(t, 12)",
+        "norm_and_turn(x, at(t, 13)",
     ),
     (
         "layers.0.self_attn.k_rope",
         "untied_bfloat16",
-        "norm_and_turn(x, at(t, 11)",
-        "norm_and_turn(x, at(t, 10)",
+        "norm_and_turn(x, at(t, 13)",
+        "norm_and_turn(x, at(t, 12)",
     ),
     (
         "layers.0.residual",
@@ -294,6 +332,24 @@ def test_a_fault_in_the_cpus_own_kernels_is_named(
     plant_in_c(old, new)
     report = check(str(GOLDEN / name), devices.choose("CPU"), tokens=40)
     assert report.first_wrong is not None and report.first_wrong.name == step
+
+
+@pytest.mark.parametrize(
+    ("step", "old", "new"),
+    [
+        ("k_rope", "__builtin_rintf(x[i] / *scale)", "__builtin_rintf(x[i] / *scale * 0.9f)"),
+        ("mix", "scores[g * SOME_KEYS + j] *= scale[j]", "scores[g * SOME_KEYS + j] *= scale[0]"),
+        ("mix", "eight(I8, p + i) * scale", "eight(I8, p + i) * scale * 1.1f"),
+    ],
+    ids=["written", "one position", "many"],
+)
+def test_a_fault_of_int8_in_the_cpus_own_kernels_is_named(
+    plant_in_c: Any, step: str, old: str, new: str
+) -> None:
+    plant_in_c(old, new)
+    policy = devices.choose("CPU", kv_dtype="int8")
+    wrong = check(str(GOLDEN / "untied_bfloat16"), policy, tokens=40).first_wrong
+    assert wrong is not None and wrong.name == f"layers.0.self_attn.{step}"
 
 
 def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:

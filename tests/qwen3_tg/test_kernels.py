@@ -96,8 +96,9 @@ def test_the_cpus_own_steps_have_their_functions_and_their_operations(kernels: s
     assert all(kernel.seconds and kernel.seconds > 0 for kernel in made)
 
 
+@pytest.mark.parametrize("kv", [None, "int8"])
 @pytest.mark.parametrize("name", ["CUDA:sm_90", "METAL:Apple7", "WGSL", "QCOM", "OPENCL"])
-def test_an_absent_target_is_lowered_in_its_language(name: str) -> None:
+def test_an_absent_target_is_lowered_in_its_language(name: str, kv: str | None) -> None:
     target = find_target(name.lower())
     words = {
         "CUDA C": "__global__",
@@ -106,8 +107,9 @@ def test_an_absent_target_is_lowered_in_its_language(name: str) -> None:
         "OpenCL C": "__kernel",
     }
     stored = stored_as(TINY.config, "q8_0") | {}
-    policy = policy_for(target)
+    policy = policy_for(target, kv_dtype=kv)
     made = list(lowered(TINY.config, stored, 0, policy, renderer_of(target)))
+    assert {"k_cache", "v_cache", "scores", "mix"} <= {n for kernel in made for n in names(kernel)}
     assert len(made) > 30 and all(words[target.language] in kernel.source for kernel in made)
     assert all(kernel.seconds is None for kernel in made)
     bfloat = any("bfloat" in kernel.source or "bf16" in kernel.source for kernel in made)

@@ -141,7 +141,7 @@ def test_weights_and_cache_are_planned_to_the_byte(name: str, moe: bool, tmp_pat
     cache = llm._engine._cache
 
     def cache_now() -> int:
-        return sum(int(t.nbytes()) for layer in cache.layers for t in (layer.k, layer.v))
+        return sum(int(t.nbytes()) for layer in cache.layers for t in layer.tensors)
 
     assert cache_now() == planned.first_cache_bytes
     cache.grow(cache.limit)
@@ -331,7 +331,13 @@ def test_half_the_bytes_of_keys_and_values_take_half_the_cache() -> None:
         make_plan(size, devices.imagined(kv_dtype=kv), 5000) for kv in ("float32", "float16")
     )
     assert wide.cache_bytes == 2 * narrow.cache_bytes
-    assert wide.cache_bytes == cache_bytes(size.config, 5000 + 256, 4)
+    assert wide.cache_bytes == cache_bytes(size.config, 5000 + 256, "float32")
+
+
+def test_int8_takes_a_byte_for_a_number_and_four_for_the_scale_of_a_head() -> None:
+    config = CONFIGS["Qwen3-8B"]
+    assert config.head_dim == 128
+    assert cache_bytes(config, 1000, "int8") * 64 == cache_bytes(config, 1000, "float16") * 33
 
 
 class TestWhereItIsFound:
@@ -439,7 +445,7 @@ class TestCommand:
             "-"
         )
 
-    @pytest.mark.parametrize("kv", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("kv", ["float32", "float16", "bfloat16", "int8"])
     def test_json_has_every_number(self, kv: str, capsys: pytest.CaptureFixture[str]) -> None:
         line = (
             f"Qwen3-8B --quant q4_k_m,awq --context 1024,4096 --memory 16GiB --kv-dtype {kv} --json"
@@ -484,7 +490,7 @@ class TestCommand:
             ("Qwen3-8B --memory lots", "--memory must be a size such as 24GB", 2),
             ("Qwen3-8B --memory 0", "--memory must be a size such as 24GB", 2),
             ("Qwen3-8B --memory 8GB --context 200000", "context must be from 1 to 131072", 2),
-            ("Qwen3-8B --kv-dtype int8", "invalid choice: 'int8'", 2),
+            ("Qwen3-8B --kv-dtype int4", "invalid choice: 'int4'", 2),
             ("/no/such/model", "no such directory", 1),
         ],
     )

@@ -108,13 +108,14 @@ def test_every_format_is_split_or_whole_and_computes_the_same(case: str, tmp_pat
     assert split == (None if "three blocks" in case or "order" in case else -1)
 
 
-def test_each_device_holds_its_part_to_the_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", ["float32", "int8"])
+def test_each_device_holds_its_part_to_the_byte(kv: str, tmp_path: Path) -> None:
     config, weights = random_model(seed=11, max_position_embeddings=2100, **ONE)
     write_float(tmp_path, config, weights, dtype="bfloat16")
     stored = open_checkpoint(str(tmp_path)).weights
     names = devices.choose(cpus(2)).devices  # each has computed something then, to be tried
     before = [usage.allocated_bytes(name) for name in names]
-    llm = load(tmp_path, 2)
+    llm = load(tmp_path, 2, kv_dtype=kv)
     planned = usage.plan_of(llm)
     whole = sum(w.nbytes for w in stored.values() if len(w.shape) == 1)
     matrices = sum(w.nbytes for w in stored.values() if len(w.shape) == 2)
@@ -127,7 +128,7 @@ def test_each_device_holds_its_part_to_the_byte(tmp_path: Path) -> None:
     for name, taken in zip(names, before, strict=True):
         grown = usage.allocated_bytes(name) - taken - planned.weights_bytes - planned.rope_bytes
         assert grown == planned.cache_bytes
-    one = qwen3_tg.load(str(tmp_path), "CPU", kernels="generic")
+    one = qwen3_tg.load(str(tmp_path), "CPU", kernels="generic", kv_dtype=kv)
     assert planned.cache_bytes * 2 == usage.plan_of(one).cache_bytes
 
 
