@@ -75,7 +75,7 @@ static void make(Model *m) {
     n[0] = (i64)x, n[1] = (i64)weights, n[2] = (i64)normed, n[3] = D;
     put_linear(m, EXACT, normed, qkv, (H + 2 * K) * HD, 0, F32, (H + 2 * K) * HD, D, 4 * D, experts, 1);
     for (int kind = CACHE; kind <= ATTEND; kind++) {
-        i64 all[13] = {H, K, HD, F32, (i64)qkv, (i64)keys, (i64)values, (i64)mixed, (i64)parts,
+        i64 all[15] = {H, K, HD, F32, (i64)qkv, (i64)keys, (i64)values, (i64)mixed, (i64)parts, 0, 0,
                        (i64)weights, (i64)weights, (i64)table, 0x3727c5ac};
         memcpy(step(m, kind), all, sizeof all);
     }
