@@ -14,6 +14,9 @@ from tinygrad import Tensor, UOp
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.model import Block, MoE, Qwen3
 
+# Positions up to which none is computed otherwise than alone.
+_FEW = 8
+
 Place = tuple[int, int]
 """An id and the position where it stands."""
 
@@ -133,8 +136,9 @@ class Fast:
         from qwen3_tg_cpu import MOST_ALIKE
 
         model = self.model
-        # few positions are those of a verification or a batch: to be what they would be one by one
-        alike = int(ids.shape[1]) <= MOST_ALIKE
+        # few positions are those of a verification: to be what they would be one by one, as those
+        # of a batch
+        alike = int(ids.shape[1]) <= (MOST_ALIKE if batch else _FEW)
         steps = self.kernels.steps(ids, at, model.config.rms_norm_eps, alike, batch)
         x = steps.embed(model.embed_tokens.weight)
         for i, (attention, mlp) in enumerate(self._layers):

@@ -495,7 +495,7 @@ class LLM:
 
             for answer in llm.batch().answers(conversations, max_new_tokens=100): ...
 
-        On a CPU's own kernels a step of up to 8 gives to the last bit what it gives each alone."""
+        On a CPU's own kernels a step of up to 64 gives to the last bit what it gives each alone."""
         from qwen3_tg.batch import Batch
 
         def start(

@@ -50,7 +50,7 @@ _FUNCTIONS = "embed norm linear cache attend route group_pairs experts combine".
 _GATED, _LAST_POSITION, _EXACT, _ALIKE = 1, 2, 4, 8
 _STEP_NUMBERS = 52
 _MOST_PARTS = 64  # as in attention.c
-MOST_ALIKE = 8
+MOST_ALIKE = 64
 """The most positions that a kernel computes as each would be computed alone, as in steps.c."""
 
 

@@ -7,7 +7,7 @@
 #define MATRIX_NUMBERS 12
 #define MOST_MATRICES 3
 #define MOST_ROWS 504  // of a matrix, taken at a time for one position: a multiple of PANEL
-#define MOST_ALIKE 8   // positions of a kernel whose results are those of one position each
+#define MOST_ALIKE 64  // positions of a kernel whose results are those of one position each
 #define ALIKE_ROWS 96  // taken at a time for them: they stay in the second cache
 
 enum { EMBED, NORM, LINEAR, CACHE, ATTEND, ROUTE, GROUP, EXPERTS, COMBINE };
