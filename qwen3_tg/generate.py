@@ -367,6 +367,11 @@ class Generation(Iterator[int]):
         self.allow: Callable[[Sequence[int]], np.ndarray | None] | None = None
 
     @property
+    def room(self) -> int:
+        """How many more ids fit in the context."""
+        return max(0, self._engine.context - len(self._ids))
+
+    @property
     def ids(self) -> Sequence[int]:
         """The prompt and all since."""
         return self._ids
@@ -406,7 +411,7 @@ class Generation(Iterator[int]):
     def _logits(self) -> np.ndarray:
         if self.speculation is None:
             return self._engine.next_logits(self._ids)
-        room = self._engine.context - len(self._ids)
+        room = self.room
         if self.max_new_tokens is not None:  # the token that these logits are for is one of them
             room = min(room, self.max_new_tokens - self.new_tokens - 1)
         return self.speculation.next_logits(self._engine, self._ids, room, self._choose)
@@ -428,7 +433,7 @@ class Generation(Iterator[int]):
 
     def insert(self, ids: Sequence[int]) -> list[int]:
         """Continue as if these ids had been generated, as far as they fit; returns those."""
-        fitting = list(ids)[: max(0, self._engine.context - len(self._ids))]
+        fitting = list(ids)[: self.room]
         self._append(fitting)
         if self.speculation:
             self.speculation.drop()

@@ -31,7 +31,8 @@ class ReplyLoop(Iterator[Piece]):
     answer must have was not reached.
 
     It is made of ids, how they read, and what may end it: `thinking_budget` and `max_new_tokens`
-    are tokens of thinking and of the answer; `allowed` is set where it must have a form."""
+    are tokens of thinking and of the answer; `allowed` is set where it must have a form. Thinking
+    is also closed where the context has room for the answer alone."""
 
     generation: Generation
     tokenizer: Tokenizer
@@ -43,7 +44,32 @@ class ReplyLoop(Iterator[Piece]):
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        self._closing = self.tokenizer.encode(BUDGET_SPENT)
+        self._room = self.generation.room
         self._pieces = chain.from_iterable(self.steps())
+
+    @property
+    def _kept_room(self) -> int:
+        """Tokens of the context that thinking leaves to what closes it and to the answer, which has
+        a quarter of what the prompt left, or all that it may have; 0 where the context is so short
+        that this is most of it."""
+        quarter = self._room // 4
+        answer = quarter if self.max_new_tokens is None else min(self.max_new_tokens, quarter)
+        kept = answer + len(self._closing)
+        return kept if kept <= self._room // 2 else 0
+
+    def plan(self, thinks: bool) -> str:
+        """In words, how many tokens there may be of each."""
+        most = self._room - self._kept_room
+        if self.thinking_budget is not None:
+            most = min(most, self.thinking_budget)
+        answer = self._room if self.max_new_tokens is None else min(self.max_new_tokens, self._room)
+        thinking = f"thinking at most {most:,}, " if thinks else ""
+        prompt = self.generation.prompt_tokens
+        return (
+            f"plan: prompt {prompt:,} tokens, {thinking}answer at most {answer:,}; "
+            f"the context has {prompt + self._room:,}"
+        )
 
     def __next__(self) -> Piece:
         return next(self._pieces)
@@ -52,12 +78,13 @@ class ReplyLoop(Iterator[Piece]):
         """The same, as they become certain token by token: each `next` draws one at most, and none
         where ids are put in instead. For one who does not take the pieces themselves."""
         generation, parser, decoder = self.generation, self.parser, self.tokenizer.stream()
-        budget = self.thinking_budget
+        budget, kept_room = self.thinking_budget, self._kept_room
         thought = 0  # tokens of thinking; its tags are not among them
         not_answer = 0  # tokens before the answer
         while True:
-            if parser.thinking and budget is not None and thought >= budget:
-                ids = generation.insert(self.tokenizer.encode(BUDGET_SPENT))
+            is_spent = budget is not None and thought >= budget
+            if parser.thinking and (is_spent or generation.room <= kept_room):
+                ids = generation.insert(self._closing)
                 yield self._cut(parser.push("".join(map(decoder.push, ids))))
                 not_answer = generation.new_tokens
             generation.max_new_tokens = (

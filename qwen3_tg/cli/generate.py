@@ -200,7 +200,7 @@ def reply(
     on_notice: OnNotice = terminal.notice,
 ) -> Iterator[Piece]:
     """The model's turn, as the options say."""
-    return llm.chat(
+    loop = llm.chat(
         messages,
         tools=tools,
         thinking=options.thinking != "off",
@@ -214,6 +214,9 @@ def reply(
         on_notice=on_notice,
         constraint=options.constraint,
     )
+    if options.verbose:
+        terminal.note(loop.plan(options.thinking != "off" and llm.can_think))
+    return loop
 
 
 def _continue(

@@ -179,6 +179,14 @@ class TestGenerate:
         assert main(["--logit-bias", bias, SUM]) == 2
         assert "bias" in one_error(capsys.readouterr().err)
 
+    def test_verbose_plans_thinking_and_answer(self, capsys: pytest.CaptureFixture[str]) -> None:
+        line = ["-v", "--thinking-budget", "5", "--max-new-tokens", "9", SUM]
+        assert main(line) == 0
+        plan = "plan: prompt 18 tokens, thinking at most 5, answer at most 9; the context has 2,048"
+        assert plan in capsys.readouterr().err.splitlines()
+        assert main(["-v", "--thinking", "off", "--max-new-tokens", "9", SUM]) == 0
+        assert "tokens, answer at most 9; the" in capsys.readouterr().err
+
     def test_a_thinking_budget_and_a_stop_string(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--thinking-budget", "3", "--stop", ".", SUM]) == 0
         assert "Considering the limited time by the user" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -90,6 +91,32 @@ def test_a_large_budget_changes_nothing(llm: LLM) -> None:
         return [p for p in llm.chat(SUM, **options) if not isinstance(p, End)]
 
     assert content(thinking_budget=500) == content()
+
+
+@pytest.mark.parametrize(("limits", "answer"), [({}, 95), ({"max_new_tokens": 7}, 7)])
+def test_thinking_that_never_ends_leaves_the_answer_its_room(
+    llm: LLM, limits: dict[str, Any], answer: int
+) -> None:
+    """A quarter of what the prompt leaves, or all that it may have."""
+    assert llm.tokenizer
+    end = [*llm.tokenizer.encode("</think>"), *llm.stop_ids]
+    endless = Sampling(temperature=0.5, logit_bias=dict.fromkeys(end, -math.inf))
+    small = qwen3_tg.load("tiny", context=400)
+    loop = small.chat(SUM, sampling=endless, loop_guard=False, **limits)
+    closing = len(llm.tokenizer.encode(BUDGET_SPENT))
+    said, pieces = loop.plan(thinks=True), list(loop)
+    last = pieces[-1]
+    assert isinstance(last, End) and last.reason == ("length" if limits else "context")
+    assert last.answer_tokens == answer
+    room = 400 - last.prompt_tokens
+    assert abs(last.thinking_tokens - (room - answer - closing)) <= 3  # its tags
+    thinking = "".join(piece.text for piece in pieces if isinstance(piece, Thinking))
+    assert thinking.rstrip().endswith("based on the thinking directly now.")
+    most = room - answer - closing
+    assert said == (
+        f"plan: prompt {last.prompt_tokens} tokens, thinking at most {most}, answer at most "
+        f"{limits.get('max_new_tokens', room)}; the context has 400"
+    )
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
