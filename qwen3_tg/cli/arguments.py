@@ -35,6 +35,7 @@ Qwen3 on whatever hardware you have.
   qwen3 --model DIR "Hello"         ask a Qwen3 on disk, or one in the Hugging Face cache
   cat FILE | qwen3 "summarise"      the prompt, an empty line, and then what comes on stdin
   qwen3 chat                        talk; Ctrl-C stops an answer, Ctrl-D ends
+  qwen3 generate --input IN --output OUT     answer many prompts, several at once
   qwen3 tokenize "Hello"            show the tokens of a text
   qwen3 devices                     show what this machine can compute on
   qwen3 plan Qwen3-32B              show how much memory a model takes, before it is downloaded
