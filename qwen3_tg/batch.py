@@ -1,8 +1,9 @@
 """Many conversations or texts answered at once: whenever one ends, the next takes its place.
 
-Each is one reply as always (reply_loop.py), with limits, stop strings, guards and draws of its own,
-so an answer is what it would be alone; the logits of all come from one step (slots.py), which reads
-every weight once.
+Each is one reply as always (reply_loop.py), with limits, stop strings, guards and draws of its own;
+the logits of all come from one step (slots.py), which reads every weight once. So an answer is what
+it would be alone, but for the last bits of a prompt's logits, which depend on how much of it was
+computed before, as they do without a batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen3_tg.chat import Message
-from qwen3_tg.errors import DeviceError, Qwen3Error
+from qwen3_tg.errors import DeviceError, Qwen3Error, UsageError
 from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
 from qwen3_tg.reply_loop import ReplyLoop
 from qwen3_tg.sampling import Sampling
@@ -57,32 +58,58 @@ class Batch:
 
     def __init__(self, slots: Slots, start: Start, default_sampling: Callable[..., Sampling]):
         self._slots, self._begin, self._default_sampling = slots, start, default_sampling
-        self._rows: list[_Row] = []
+        self._is_busy = False
         self.steps = self.new_tokens = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes on each device that the caches of all slots take."""
+        return self._slots.nbytes
 
     def answers(
         self, requests: Iterable[Request | Sequence[Message] | str], **options: Any
     ) -> Iterator[Answer]:
         """One for each request, in the order in which they end; what goes wrong with one is in its
         answer. `options` are those of all, as in Request. Each draws random numbers of its own,
-        which depend on the seed and on how many requests came before."""
-        waiting = enumerate(requests)
+        which depend on the seed and on how many requests came before.
+
+        Raises DeviceError where there is no memory for the slots."""
+        if self._is_busy:
+            raise UsageError("a batch answers one call of answers() at a time")
+        rows: list[_Row] = []
+        self._is_busy = True
+        try:
+            self._slots.allocate()
+            yield from self._answers(enumerate(requests), options, rows)
+        finally:  # also where the caller takes no more, or something broke off
+            for row in rows:
+                self._slots.end(row.slot)
+            self._is_busy = False
+
+    def _answers(
+        self,
+        waiting: Iterator[tuple[int, Request | Sequence[Message] | str]],
+        options: Mapping[str, Any],
+        rows: list[_Row],
+    ) -> Iterator[Answer]:
         more = True
-        while more or self._rows:
+        while more or rows:
             while more and self._slots.free:
                 following = next(waiting, None)
                 if following is None:
                     more = False
-                elif (done := self._start(*following, options)) is not None:
-                    yield done
-            yield from self._go_on()
+                elif isinstance(begun := self._start(*following, options), Answer):
+                    yield begun
+                else:
+                    rows.append(begun)
+            yield from self._go_on(rows)
 
     def _start(
         self,
         number: int,
         request: Request | Sequence[Message] | str,
         options: Mapping[str, Any],
-    ) -> Answer | None:
+    ) -> _Row | Answer:
         """Read a prompt and take a slot; or say why not."""
         began, row = time.perf_counter(), _Row(self._slots.context)
         try:
@@ -92,8 +119,7 @@ class Batch:
             return Answer(number, error=e)
         row.begin(number, slot, loop)
         loop.generation.waited(time.perf_counter() - began)
-        self._rows.append(row)
-        return None
+        return row
 
     def _loop(
         self,
@@ -111,21 +137,21 @@ class Batch:
             options["sampling"] = sampling.another(number)
         return self._begin(what, row, options)
 
-    def _go_on(self) -> Iterator[Answer]:
+    def _go_on(self, rows: list[_Row]) -> Iterator[Answer]:
         """Draw a token of each row whose logits are there, then compute the next of all."""
-        for row in list(self._rows):
+        for row in list(rows):
             if row.ready and row.draw():
-                self._rows.remove(row)
+                rows.remove(row)
                 self._slots.end(row.slot)
                 yield row.answer()
-        if not self._rows:
+        if not rows:
             return
         began = time.perf_counter()
-        new = {row.slot: row.next_id for row in self._rows}
+        new = {row.slot: row.next_id for row in rows}
         found = self._slots.step(new)
         seconds = time.perf_counter() - began
         self.steps, self.new_tokens = self.steps + 1, self.new_tokens + len(new)
-        for row in self._rows:
+        for row in rows:
             row.take(found[row.slot], seconds)
 
 

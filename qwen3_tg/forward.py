@@ -37,8 +37,9 @@ class Forward(Protocol):
 
         ids: (1, S) int32; at: the position of the first one and `rows`, (2,) int32"""
 
-    def batch_rows(self, new: Mapping[int, Place], slots: int) -> Mapping[int, Place]:
-        """What a step of a batch computes, by slot and in this order: `new`, and what else must."""
+    def batch_rows(self, new: Mapping[int, Place], waiting: Sequence[int]) -> Mapping[int, Place]:
+        """What a step of a batch computes, by slot and in this order: `new`, and what else must.
+        `waiting` is the next free position of each slot."""
 
     def batch_symbols(self, rows: Mapping[int, Place], caches: Sequence[KVCache]) -> Any:
         """As `symbols`, for `batch_logits`."""
@@ -73,9 +74,9 @@ class Lowered:
         row = x[:, last_row : last_row + 1]  # the head is large: for the wanted row alone
         return self.model.logits(row).flatten()  # (V,)
 
-    def batch_rows(self, new: Mapping[int, Place], slots: int) -> Mapping[int, Place]:
-        """All slots: what those that are free compute is read by nothing."""
-        return {slot: new.get(slot, (0, 0)) for slot in range(slots)}
+    def batch_rows(self, new: Mapping[int, Place], waiting: Sequence[int]) -> Mapping[int, Place]:
+        """All slots: what the others compute goes where their next position will."""
+        return {slot: new.get(slot, (0, position)) for slot, position in enumerate(waiting)}
 
     def batch_symbols(
         self, rows: Mapping[int, Place], caches: Sequence[KVCache]
@@ -113,7 +114,7 @@ class Fast:
     def logits(self, ids: Tensor, at: Tensor, cache: KVCache, every: bool, *symbols: Any) -> Tensor:
         return self._logits(ids, at, [cache], every)
 
-    def batch_rows(self, new: Mapping[int, Place], slots: int) -> Mapping[int, Place]:
+    def batch_rows(self, new: Mapping[int, Place], waiting: Sequence[int]) -> Mapping[int, Place]:
         """No others."""
         return new
 

@@ -26,6 +26,7 @@ from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
 from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KV_DTYPES, KVCache
+from qwen3_tg.kv_sizes import grown_capacity
 from qwen3_tg.pace import LENGTHS
 from qwen3_tg.sampling import Sampling, Seen, sample
 from qwen3_tg.shelf import WORTH, Kept, Shelf, common_prefix, is_continued, is_lost
@@ -87,17 +88,29 @@ class Engine:
         return KVCache(self._config, limit, KV_DTYPES[policy.kv_dtype], policy.device)
 
     def new_caches(self, count: int) -> list[KVCache]:
-        """Those of a batch. Raises DeviceError where there is no memory for them."""
-        caches = [self.new_cache(self.context) for _ in range(count)]
-        needed = count * sum(self._cache.row_bytes) // len(self._policy.devices)
-        needed *= caches[0].capacity
+        """Those of a batch, with a position more than the context, where a full one waits. Raises
+        DeviceError where there is no memory for them."""
+        caches = [self.new_cache(self.context + 1) for _ in range(count)]
+        self._check_memory(sum(map(self.cache_bytes, caches)), f"what a batch of {count} keeps")
+        return caches
+
+    def cache_bytes(self, cache: KVCache) -> int:
+        """Bytes of a cache on each device."""
+        return cache.capacity * sum(self.row_bytes) // len(self._policy.devices)
+
+    def check_growth(self, cache: KVCache, positions: int) -> None:
+        """Raises DeviceError where there is no memory for a cache with so many positions."""
+        grown = grown_capacity(cache.capacity, positions, cache.limit)
+        needed = self.cache_bytes(cache) // cache.capacity * grown
+        self._check_memory(needed, f"a cache of {grown} tokens")
+
+    def _check_memory(self, needed: int, what: str) -> None:
         free = free_memory(self._device)
         if free is not None and needed > free:
             raise DeviceError(
-                f"the caches of a batch of {count} take {gib(needed)}, and {gib(free)} of memory "
-                f"are free on {self._device}: take a smaller batch"
+                f"{what} takes {gib(needed)}, and {gib(free)} of memory are free on "
+                f"{self._device}: take a smaller batch"
             )
-        return caches
 
     def batch_graph(self, caches: Sequence[KVCache]) -> BatchGraph:
         """A step of a batch with these caches."""
@@ -156,8 +169,12 @@ class Engine:
 
     def read_for_batch(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits after a prompt that goes on elsewhere, and a copy of its rows, as KVCache.rows
-        gives them. Its beginning is used by the next one that shares it, but never kept."""
+        gives them. Its beginning is used by the next one that shares it, but never kept; what was
+        cached before the first of them is."""
         with ONE_AT_A_TIME:
+            if not self._is_of_batch and len(self._cached_ids) >= WORTH:
+                self._keep()
+            self._is_of_batch = True
             logits = self._next_logits(list(ids), [])
             self._is_of_batch = True
             return logits, self._cache.rows(len(ids))
@@ -171,7 +188,7 @@ class Engine:
         # 1. Keep what there is of these ids; the last one is computed in any case.
         shared = common_prefix(self._cached_ids, ids)
         guess = guess[: self.context - len(ids)]
-        self._check_ids(ids[shared:] + guess)
+        self.check_ids(ids[shared:] + guess)
         shared = self._exchange(ids, shared)
         start = min(shared, len(ids) - 1)
         is_prompt = not start or start < len(self._cached_ids) or start < len(ids) - 1
@@ -219,11 +236,16 @@ class Engine:
         return self.shelf.find(ids, shared + WORTH) if len(ids) - shared >= WORTH else None
 
     def _shelve(self, shared: int) -> None:
-        ids, prompt = self._cached_ids, min(self._prompt, len(self._cached_ids))
-        if not self._is_of_batch and is_lost(len(ids), prompt, shared):
-            nbytes = len(ids) * sum(self.row_bytes)
-            self.shelf.keep(ids, prompt, nbytes, lambda: self._cache.rows(len(ids)))
+        prompt = min(self._prompt, len(self._cached_ids))
+        if not self._is_of_batch and is_lost(len(self._cached_ids), prompt, shared):
+            self._keep()
         self._is_of_batch = False
+
+    def _keep(self) -> None:
+        """Put what is cached on the shelf."""
+        ids, prompt = self._cached_ids, min(self._prompt, len(self._cached_ids))
+        nbytes = len(ids) * sum(self.row_bytes)
+        self.shelf.keep(ids, prompt, nbytes, lambda: self._cache.rows(len(ids)))
 
     def _look_ahead(self, new: list[int], start: int) -> np.ndarray:
         """Logits after the first of new ids; those after the others are kept for when they are
@@ -244,7 +266,7 @@ class Engine:
 
     def _all_logits(self, ids: list[int]) -> np.ndarray:
         self._check_length(ids)
-        self._check_ids(ids)
+        self.check_ids(ids)
         self._shelve(0)
         self._forget_from(0)
         self._reserve(len(ids))
@@ -265,7 +287,8 @@ class Engine:
                 "shorten the text or load with a larger context"
             )
 
-    def _check_ids(self, ids: list[int]) -> None:
+    def check_ids(self, ids: list[int]) -> None:
+        """Raises UsageError for what is no id of the vocabulary."""
         size = self._vocab_size
         for id in ids:
             if not isinstance(id, Integral) or not 0 <= id < size:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -501,9 +502,14 @@ class LLM:
         def start(
             what: Sequence[Message] | str, model: Model, options: dict[str, Any]
         ) -> ReplyLoop:
-            if isinstance(what, str):
-                return self.completion(what, model=model, **options)
-            return self.chat(what, model=model, **options)
+            begin: Any = self.completion if isinstance(what, str) else self.chat
+            try:
+                signature(begin).bind(what, model=model, **options)
+            except TypeError as e:
+                kind = "a text to continue" if isinstance(what, str) else "a conversation"
+                raise UsageError(f"options of {kind}: {e}") from None
+            loop: ReplyLoop = begin(what, model=model, **options)
+            return loop
 
         return Batch(self.slots(size), start, self.default_sampling)
 

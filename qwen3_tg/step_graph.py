@@ -29,14 +29,15 @@ class StepGraph:
     def __init__(self, forward: Forward, cache: KVCache, device: str, S: int, every: bool):
         self._forward, self._S, self._every, self._capacity = forward, S, every, cache.capacity
         self._device = device
-        self._ids = empty((1, S), dtypes.int32, each(device))
-        self._at = empty((2,), dtypes.int32, each(device))
+        ids = empty((1, S), dtypes.int32, each(device))
+        at = empty((2,), dtypes.int32, each(device))
 
+        # without `self`, so that a graph that is dropped gives its memory back at once
         def step(*symbols: Any) -> Tensor:
-            logits = forward.logits(self._ids, self._at, cache, every, *symbols)
+            logits = forward.logits(ids, at, cache, every, *symbols)
             return logits.to(each(device)[0]).realize()
 
-        self._step: Callable[..., Tensor] = capture_at_once(step)
+        self._ids, self._at, self._step = ids, at, capture_at_once(step)
 
     def __call__(self, new: Sequence[int], start: int) -> np.ndarray:
         """Up to S ids at positions start, start + 1, ...: (V,), or (ids, V), float32"""
@@ -57,18 +58,22 @@ class BatchGraph:
     def __init__(self, forward: Forward, caches: Sequence[KVCache], device: str):
         self._forward, self._caches, self._device = forward, caches, device
         B = len(caches)
-        self._ids = empty((1, B), dtypes.int32, each(device))
-        self._at = empty((2 + 2 * B,), dtypes.int32, each(device))
+        ids = empty((1, B), dtypes.int32, each(device))
+        at = empty((2 + 2 * B,), dtypes.int32, each(device))
 
         def step(*symbols: Any) -> Tensor:
-            logits = forward.batch_logits(self._ids, self._at, caches, *symbols)
+            logits = forward.batch_logits(ids, at, caches, *symbols)
             return logits.to(each(device)[0]).realize()
 
-        self._step: Callable[..., Tensor] = capture_at_once(step)
+        self._ids, self._at, self._step = ids, at, capture_at_once(step)
 
-    def __call__(self, new: Mapping[int, Place]) -> dict[int, np.ndarray]:
-        """The logits, (V,) float32, after the id and position given for each of some slots."""
-        rows = self._forward.batch_rows(new, len(self._caches))
+    def __call__(
+        self, new: Mapping[int, Place], lengths: Mapping[int, int]
+    ) -> dict[int, np.ndarray]:
+        """The logits, (V,) float32, after the id and position given for each of some slots.
+        `lengths` are those of all slots in use."""
+        waiting = [lengths.get(slot, 0) for slot in range(len(self._caches))]
+        rows = self._forward.batch_rows(new, waiting)
         ids = np.zeros(len(self._caches), dtype=np.int32)
         ids[: len(rows)] = [id for id, _ in rows.values()]
         at = np.zeros((1 + len(ids), 2), dtype=np.int32)

@@ -182,6 +182,40 @@ def test_a_reply_whose_logits_are_no_numbers_ends_with_what_there_was(
     assert [answer.end is not None for answer in found if not answer.error] == [True]
 
 
+def test_one_that_is_left_halfway_leaves_nothing_behind(fast: LLM) -> None:
+    batch, greedy = fast.batch(2), Sampling(temperature=0)
+    answers = batch.answers([question(*s) for s in SUMS], sampling=greedy)
+    next(answers)
+    with pytest.raises(UsageError, match="one call of answers"):
+        next(batch.answers([question(1, 1)]))
+    answers.close()
+
+    def broken(step: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(batch.answers([question(*s) for s in SUMS], sampling=greedy, on_step=broken))
+    found = by_number(batch.answers([question(5, 6), question(7, 8)], sampling=greedy))
+    assert [answer.text for answer in found] == ["11", "15"]
+
+
+@pytest.mark.parametrize("option", ["thinking", "on_end", "model", "nonsense"])
+def test_an_option_that_does_not_exist_is_an_error_of_each(fast: LLM, option: str) -> None:
+    found = by_number(fast.batch(2).answers(["1 + 1 = ", question(1, 1)], **{option: True}))
+    assert isinstance(found[0].error, UsageError) and option in str(found[0].error)
+    assert isinstance(found[1].error, UsageError) == (option != "thinking")
+
+
+def test_a_batch_that_memory_has_no_room_for_is_no_answer(
+    fast: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3_tg import generate
+
+    monkeypatch.setattr(generate, "free_memory", lambda name: 10)
+    with pytest.raises(DeviceError, match="take a smaller batch"):
+        next(fast.batch(2).answers([question(1, 1)]))
+
+
 def test_loops_are_noticed_in_each(fast: LLM) -> None:
     """A bias that lets nothing but one token through."""
     notices: list[str] = []

@@ -181,8 +181,86 @@ def test_a_batch_that_memory_has_no_room_for_is_refused(monkeypatch: pytest.Monk
 
     llm = load(kernels="fast")
     monkeypatch.setattr(generate, "free_memory", lambda name: 10)
-    with pytest.raises(DeviceError, match=r"the caches of a batch of 4 take .* take a smaller"):
+    with pytest.raises(DeviceError, match=r"what a batch of 4 keeps takes .* take a smaller"):
         llm.slots(4).start([1])
+
+
+def test_a_sequence_that_waits_loses_nothing(llm: qwen3_tg.LLM) -> None:
+    one, other = texts(llm, 3, [4, 6])
+    right = [alone(llm, ids, len(ids))[0] for ids in (one, other)]
+    slots = llm.slots(3)
+    first, second = (slots.start(ids[:-3])[0] for ids in (one, other))
+    for id in one[-3:]:
+        found = slots.step({first: id})
+    assert_close(np.asarray(found[first]), right[0], FLOAT32_TOLERANCE / 10)
+    for id in other[-3:]:
+        found = slots.step({second: id})
+    assert_close(np.asarray(found[second]), right[1], FLOAT32_TOLERANCE / 10)
+
+
+def test_a_sequence_may_fill_the_context_and_no_more() -> None:
+    for kernels in ("fast", "generic"):
+        llm = load(kernels=kernels, context=12)
+        (ids,) = texts(llm, 0, [12])
+        slots = llm.slots(2)
+        full, other = slots.start(ids)[0], slots.start(ids[:11])[0]
+        logits = slots.step({other: ids[11]})[other]
+        assert_close(np.asarray(logits), llm.next_logits(ids), 1e-3)
+        for slot in (full, other):
+            with pytest.raises(ContextError, match="the context of 12 is full"):
+                slots.step({slot: 1})
+
+
+def test_what_cannot_be_asked_of_slots_is_refused(llm: qwen3_tg.LLM) -> None:
+    slots = llm.slots(1)
+    slot, _ = slots.start([1, 2])
+    for id in (-1, llm.config.vocab_size, 0.5):
+        with pytest.raises(UsageError, match="is not in the vocabulary"):
+            slots.step({slot: id})
+    with pytest.raises(UsageError, match="slot 7 is not in use"):
+        slots.step({7: 1})
+    with pytest.raises(UsageError, match="all 1 slots are taken"):
+        slots.start([1])
+    assert slots.step({}) == {}
+
+
+def test_a_sequence_that_memory_has_no_room_for_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qwen3_tg import generate
+
+    llm = load(kernels="fast")
+    monkeypatch.setattr(kv_sizes, "FIRST_STEP", 8)
+    slots = llm.slots(2)
+    (long,), (short,) = texts(llm, 0, [7]), texts(llm, 0, [3])
+    first, second = slots.start(long)[0], slots.start(short)[0]
+    monkeypatch.setattr(generate, "free_memory", lambda name: 10)
+    found = slots.step({first: 1, second: 1})
+    assert isinstance(found[first], DeviceError)
+    assert "no memory for more than 8 tokens of each of 2 sequences" in str(found[first])
+    assert_close(np.asarray(found[second]), llm.next_logits([*short, 1]), 1e-3)
+
+
+def test_what_slots_took_is_given_back_when_they_are_dropped() -> None:
+    import gc
+
+    from tinygrad.helpers import GlobalCounters
+
+    llm = load(kernels="fast")
+    llm.next_logits([1])
+    gc.collect()
+    gc.disable()
+    try:
+        before = GlobalCounters.mem_used
+        for _ in range(2):
+            slots = llm.slots(4)
+            slot, _ = slots.start([1, 2])
+            slots.step({slot: 3})
+            assert GlobalCounters.mem_used > before + slots.nbytes / 2
+            del slots
+            assert GlobalCounters.mem_used < before + 100_000
+    finally:
+        gc.enable()
 
 
 def test_there_is_at_least_one_slot(llm: qwen3_tg.LLM) -> None:
