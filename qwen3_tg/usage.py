@@ -64,21 +64,23 @@ def loaded_report(llm: LLM) -> str:
     )
 
 
-def used_report(llm: LLM) -> str:
-    """Planned against allocated after a reply, when everything is there."""
+def used_report(llm: LLM, batch_bytes: int = 0) -> str:
+    """Planned against allocated after a reply, when everything is there; `batch_bytes` are those
+    of the caches of a batch."""
     plan, device, capacity = plan_of(llm), llm.policy.device, llm.cache_capacity
     cache = cache_bytes(llm.config, capacity, llm.policy.kv_dtype)
     cache //= len(llm.policy.devices)
-    exact = plan.weights_bytes + cache + plan.rope_bytes + plan.logits_bytes
+    exact = plan.weights_bytes + cache + plan.rope_bytes + plan.logits_bytes + batch_bytes
     scratch = scratch_bytes(_size(llm), llm.policy, capacity, _factor(llm))
     found = taken_bytes(llm)
+    batch = f", caches of the batch {batch_bytes:,}" if batch_bytes else ""
     # what a draft model takes is counted by the device, but not planned here
     scratch_taken = "with the draft model's" if llm.draft else f"of it scratch {found - exact:,}"
     return (
         f"memory of {device}: planned {exact + scratch:,} bytes (weights {plan.weights_bytes:,}, "
-        f"cache {cache:,} for {capacity:,} positions, rope table {plan.rope_bytes:,}, logits "
-        f"{plan.logits_bytes:,}, scratch about {scratch:,}); taken {found:,}, {scratch_taken}"
-        f"{_kept(llm)}{_peak()}"
+        f"cache {cache:,} for {capacity:,} positions{batch}, rope table {plan.rope_bytes:,}, "
+        f"logits {plan.logits_bytes:,}, scratch about {scratch:,}); taken {found:,}, "
+        f"{scratch_taken}{_kept(llm)}{_peak()}"
     )
 
 

@@ -167,6 +167,9 @@ def _add_batch(parser: _Parser) -> None:
         help="a JSON line for each answer; a file that is there is gone on with (default: stdout)",
     )
     many.add_argument("--batch", type=int, metavar="N", help="so many at once (8)")
+    many.add_argument(
+        "--retry", action="store_true", help="ask lines again whose answer is an error"
+    )
 
 
 def _add_run(parser: _Parser) -> None:

@@ -11,23 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwen3_tg import device as devices
 from qwen3_tg import usage
 from qwen3_tg.batch import Answer, Batch, Request
 from qwen3_tg.checkpoint import fingerprint, open_checkpoint
 from qwen3_tg.cli import settings, terminal
-from qwen3_tg.cli.batch_files import Answers, Line, read_lines
+from qwen3_tg.cli.batch_files import Answers, Line, has_system, read_lines
 from qwen3_tg.cli.generate import check_sampling, choose_sampling, load_model, sampling_of
 from qwen3_tg.cli.structured import read_constraint
 from qwen3_tg.cli.tool_files import read_tools
 from qwen3_tg.errors import Qwen3Error, check_count
 from qwen3_tg.llm import LLM
 
-# Options that an answer depends on, besides settings.RANGES and the model itself.
-_SHAPING = (
-    *("raw", "system", "thinking", "logit_bias", "stop", "loop_guard", "allow_special", "dtype"),
-    *("kv_dtype", "context"),
-)
-_FILES = ("tools", "json_schema", "grammar")  # of these what is in them, too
+# Options that an answer depends on, besides settings.RANGES and those that are resolved below.
+_SHAPING = ("raw", "system", "logit_bias", "stop", "loop_guard", "allow_special", "regex")
+_FILES = ("tools", "json_schema", "grammar")  # of these what is in them
 
 
 class _Failed(Qwen3Error):
@@ -41,31 +39,53 @@ def run(options: argparse.Namespace) -> None:
     options.constraint = read_constraint(options)
     tools = [tool.schema for tool in read_tools(options.tools)] if options.tools else None
     lines = read_lines(options.input, options.raw, _about(options))
-    with Answers(options.output, lines) as answers:
+    with Answers(options.output, lines, options.input) as answers:
+        if options.retry:
+            answers.forget_failed()
         left = [line for line in lines if line.number not in answers.done]
-        if len(left) < len(lines):
-            cut = "; an unfinished line was taken away" if answers.cut_off else ""
-            terminal.note(f"{len(answers.done)} of {len(lines)} lines are answered already{cut}")
-        if left:
-            _answer(left, answers, options, tools)
+        done = f"{len(answers.done)} of {len(lines)} lines are answered already"
+        cut = "an unfinished line at the end was taken away"
+        if said := [done] * (len(left) < len(lines)) + [cut] * answers.cut_off:
+            terminal.note("; ".join(said))
+        try:
+            if left:
+                _answer(left, answers, options, tools)
+        except BaseException:
+            if answers.done:
+                again = "" if options.output == "-" else "; the same command goes on"
+                terminal.note(f"{len(answers.done)} of {len(lines)} lines are answered{again}")
+            raise
         answers.sort()
-        if answers.failed:
+        if failed := len(answers.failed):
+            again = "" if options.output == "-" else "; --retry asks them again"
+            has = "has" if failed == 1 else "have"
             raise _Failed(
-                f'{_count(len(answers.failed), "line")} of {len(lines)} have an "error" in the '
-                "output; without these lines there they are tried again"
+                f'{_count(failed, "line")} of {len(lines)} {has} an "error" in the output{again}'
             )
 
 
 def _about(options: argparse.Namespace) -> str:
     """All but the prompt that an answer depends on."""
-    named = {name: getattr(options, name) for name in (*_SHAPING, *settings.RANGES, "regex")}
-    files = {
-        name: Path(file).read_text(encoding="utf-8")
-        for name in _FILES
-        if (file := getattr(options, name)) is not None
+    checkpoint = open_checkpoint(options.model)
+    policy = devices.choose(
+        options.device, options.dtype, options.kv_dtype, options.kernels, options.threads
+    )
+    _, context, _ = checkpoint.config.with_context(options.context)
+    about = {
+        "model": fingerprint(checkpoint),
+        "chat template": checkpoint.chat_template,
+        "advice": repr(checkpoint.generation),
+        "types": [policy.dtype, policy.kv_dtype, policy.kernels],
+        "context": context,
+        "thinking": options.thinking or "on",
+        "options": [getattr(options, name) for name in (*_SHAPING, *settings.RANGES)],
+        "files": [
+            Path(file).read_text(encoding="utf-8")
+            for name in _FILES
+            if (file := getattr(options, name)) is not None
+        ],
     }
-    model = fingerprint(open_checkpoint(options.model))
-    return json.dumps([named, files, model], sort_keys=True)
+    return json.dumps(about, sort_keys=True)
 
 
 def _answer(
@@ -100,12 +120,14 @@ def _answer(
             report(len(answers.failed))
     seconds = time.monotonic() - began
     busy = f", {batch.new_tokens / batch.steps:.1f} at once" if batch.steps else ""
+    failed = sum(line.number in answers.failed for line in lines)
+    errors = f" and {_count(failed, 'error')}" if failed else ""
     terminal.note(
-        f"{_count(len(lines), 'answer')}, {tokens:,} tokens in {seconds:.1f} s: "
+        f"{_count(len(lines) - failed, 'answer')}{errors}, {tokens:,} tokens in {seconds:.1f} s: "
         f"{tokens / max(seconds, 1e-9):.1f} tokens/s{busy}"
     )
     if options.verbose:
-        terminal.note(usage.used_report(llm))
+        terminal.note(usage.used_report(llm, batch.cache_bytes))
 
 
 def _request(
@@ -134,7 +156,7 @@ def _request(
         return Request(content["prompt"], asked)
     messages = content.get("messages", [{"role": "user", "content": content.get("prompt")}])
     system = content.get("system", options.system)
-    if system is not None and isinstance(messages, list):
+    if system and not has_system(messages):
         messages = [{"role": "system", "content": system}, *messages]
     return Request(
         messages,
@@ -151,14 +173,15 @@ def _request(
 def _content(answer: Answer, seed: int) -> dict[str, Any]:
     """What is written of it: all there is, also where it broke off."""
     content: dict[str, Any] = {"error": _one_line(answer.error)} if answer.error else {}
-    if end := answer.end:
+    if answer.end or answer.text:
         content["text"] = answer.text
-        if answer.thinking:
-            content["thinking"] = answer.thinking
-        if answer.calls:
-            content["tool_calls"] = [
-                {"name": call.name, "arguments": call.arguments} for call in answer.calls
-            ]
+    if answer.thinking:
+        content["thinking"] = answer.thinking
+    if answer.calls:
+        content["tool_calls"] = [
+            {"name": call.name, "arguments": call.arguments} for call in answer.calls
+        ]
+    if end := answer.end:
         counts = "prompt_tokens", "thinking_tokens", "answer_tokens"
         content |= {"end": end.reason, **{name: getattr(end, name) for name in counts}}
         content["seed"] = seed

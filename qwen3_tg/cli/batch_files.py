@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwen3_tg.atomic import replacing
-from qwen3_tg.cli import settings
+from qwen3_tg.cli import settings, terminal
 from qwen3_tg.errors import Qwen3Error, UsageError
 
 OF_A_LINE = ("id", "prompt", "messages", "system", "tools", "stop", "thinking", *settings.RANGES)
@@ -63,7 +63,7 @@ def _line(number: int, key: str, text: bytes, raw: bool) -> Line:
     content: Any = {}
     try:
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_constant=_no_number)
             json.dumps(content, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:  # JSON can name half a character
             raise UsageError("a text in it is not valid Unicode") from None
@@ -96,18 +96,37 @@ def _check(content: Any, raw: bool) -> None:
             raise UsageError(f"{name!r} must be a {expected}, found {found}")
     if "prompt" in content and not content["prompt"].strip():
         raise UsageError("the prompt is empty")
+    if "system" in content and has_system(content.get("messages", [])):
+        raise UsageError("'system' is also the first of the messages: leave one away")
+    if content.get("thinking") == "off" and "thinking_budget" in content:
+        raise UsageError("a thinking_budget has no meaning with thinking off")
     if raw:
         for name in ("messages", "system", "tools", "thinking", "thinking_budget"):
             if name in content:
                 raise UsageError(f"{name!r} has no meaning with --raw")
 
 
+def has_system(messages: list[Any]) -> bool:
+    """Whether a system message is the first."""
+    return bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 class Answers:
     """The output file, or stdout for "-". `done` are the numbers of the lines that it answers, of
     which `failed` with an error."""
 
-    def __init__(self, name: str, lines: list[Line]):
+    def __init__(self, name: str, lines: list[Line], source: str):
+        """`source` is the name of the input. Raises UsageError for what is no place for answers."""
         self._path = None if name == "-" else Path(name)
+        if self._path and self._path.exists():
+            if not self._path.is_file():
+                raise UsageError(f"--output {name}: no regular file; left away, it is stdout")
+            if source != "-" and self._path.samefile(source):
+                raise UsageError(f"--output {name} is the --input itself")
         self._file: IO[bytes] | None = None
         self._lines = lines
         self.done: set[int] = set()
@@ -140,7 +159,7 @@ class Answers:
             where = f"--output {self._path}, line {at}"
             try:
                 answer = json.loads(text)
-                number, key = answer["line"], answer["key"]
+                number, key = int(answer["line"]), str(answer["key"])
             except (ValueError, RecursionError, TypeError, KeyError):
                 raise UsageError(f"{where} is no answer of ours: name another file") from None
             if keys.get(number) != key:
@@ -149,9 +168,29 @@ class Answers:
                     "another file, or go on with the same input and options"
                 )
             self._add(number, answer)
+        if rest and not (rest.startswith(_BEGIN) or _BEGIN.startswith(rest)):
+            where = f"--output {self._path}, line {len(whole) + 1}"
+            raise UsageError(f"{where} is no answer of ours: name another file")
         if rest:
             self._file.truncate(len(data) - len(rest))
             self.cut_off = True
+
+    def forget_failed(self) -> None:
+        """Take the answers with an error away: their lines are asked again. Raises OSError."""
+        if not self._file or not self._path or not self.failed:
+            return
+        kept = [
+            answer
+            for answer in self._path.read_bytes().splitlines(keepends=True)
+            if "error" not in json.loads(answer)
+        ]
+        with replacing(self._path) as part:
+            part.write_bytes(b"".join(kept))
+        self._file.close()
+        self._file = self._path.open("a+b")  # the file is another one now
+        _lock(self._file, self._path)
+        self.done -= self.failed
+        self.failed = set()
 
     def write(self, line: Line, answer: Mapping[str, Any]) -> None:
         """Add one, on the disk before anything else happens. Raises OSError."""
@@ -180,11 +219,19 @@ class Answers:
         def number(answer: bytes) -> int:
             return int(json.loads(answer)["line"])
 
-        answers = self._path.read_bytes().splitlines(keepends=True)
-        in_order = sorted(answers, key=number)
-        if in_order != answers:
-            with replacing(self._path) as part:
-                part.write_bytes(b"".join(in_order))
+        try:
+            answers = self._path.read_bytes().splitlines(keepends=True)
+            in_order = sorted(answers, key=number)
+            if in_order != answers:
+                with replacing(self._path) as part:
+                    part.write_bytes(b"".join(in_order))
+        except OSError as e:  # all are there
+            terminal.note(
+                f"note: {self._path} cannot be put in the order of the input: {e.strerror or e}"
+            )
+
+
+_BEGIN = b'{"line": '  # of what is written
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -38,8 +38,8 @@ def generate(options: argparse.Namespace) -> None:
 
         batch.run(options)
         return
-    for name in ("output", "batch"):
-        if getattr(options, name) is not None:
+    for name in ("output", "batch", "retry"):
+        if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name} is for the prompts of --input FILE")
     check_sampling(options)
     if options.record:
@@ -84,6 +84,8 @@ def _check_batch(options: argparse.Namespace) -> None:
     for name in ("speculate", "draft"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name} guesses for one prompt at a time, not for --input")
+    if options.prefix_cache is not None:
+        raise UsageError("--prefix-cache is for conversations, not for --input")
     options.output = "-" if options.output is None else options.output
     options.batch = 8 if options.batch is None else options.batch
 

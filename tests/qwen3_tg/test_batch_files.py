@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from qwen3_tg.cli import main
+from qwen3_tg.errors import DeviceError
 
 SUMS = [(37, 85), (5, 6), (12, 5), (123, 456), (7, 8), (41, 9), (99, 1), (20, 30)]
 
@@ -118,6 +119,12 @@ WRONG: list[tuple[Any, str]] = [
     ({"prompt": "a", "tools": [1]}, "tools must be a list of JSON schemas"),
     ({"prompt": "a", "tools": 3}, "'tools' must be a list, found int"),
     ({"prompt": "\ud800"}, "a text in it is not valid Unicode"),
+    (b'{"prompt": "a", "id": NaN}', "not valid JSON: NaN is no JSON"),
+    ({"prompt": "a", "thinking": "off", "thinking_budget": 3}, "a thinking_budget has no meaning"),
+    (
+        {"messages": [{"role": "system", "content": "a"}], "system": "b"},
+        "'system' is also the first of the messages",
+    ),
     ({"messages": [{"role": "robot", "content": "a"}]}, "message 0: role must be one of"),
     ({"messages": "a"}, "'messages' must be a list, found str"),
     ({"messages": [3]}, "message 0"),
@@ -136,8 +143,10 @@ def test_what_is_wrong_with_a_line_is_written_and_the_rest_is_answered(
         assert message in answer["error"], line
         assert set(answer) == {"line", "error", "key"} and "\n" not in answer["error"]
     assert {answer["text"] for answer in found[1::2]} == {"122"}
-    *_, error = capfd.readouterr().err.splitlines()
+    err = capfd.readouterr().err
+    *_, error = err.splitlines()
     assert error.startswith(f'error: {len(WRONG)} lines of {2 * len(WRONG)} have an "error"')
+    assert f"{len(WRONG)} answers and {len(WRONG)} errors, " in err
 
 
 def test_an_answer_that_is_not_of_the_form_asked_for_is_kept_with_the_error(folder: Path) -> None:
@@ -156,13 +165,41 @@ def test_nothing_is_done_twice(folder: Path, capfd: pytest.CaptureFixture[str]) 
     assert run() == 1  # the error is still there
     assert Path("out.jsonl").read_bytes() == before
     err = capfd.readouterr().err.splitlines()
-    assert err[0] == "4 of 4 lines are answered already" and err[1].startswith("error: 1 line of 4")
+    assert err == [
+        "4 of 4 lines are answered already",
+        'error: 1 line of 4 has an "error" in the output; --retry asks them again',
+    ]
+    assert run("--retry") == 1 and answers()[3]["error"] == "the prompt is empty"
     Path("out.jsonl").write_bytes(b"".join(before.splitlines(keepends=True)[:3]))
     ask(*sums(3), "What is 1 + 1?")  # more can be asked later, and what was wrong be mended
     assert run() == 0
     assert answers()[3]["text"] == "2" and Path("out.jsonl").read_bytes().startswith(
         b"".join(before.splitlines(keepends=True)[:3])
     )
+
+
+def test_what_failed_is_asked_again_where_that_is_wished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3_tg.slots import Slots
+
+    ask(*sums(4))
+    step, calls = Slots.step, []
+
+    def broken(self: Slots, new: Any) -> Any:
+        calls.append(new)
+        found = step(self, new)
+        return found | {slot: DeviceError("out of order") for slot in found if len(calls) == 8}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "step", broken)
+        assert run("--batch", "2") == 1
+    failed = [answer["line"] for answer in answers() if "error" in answer]
+    assert failed and len(failed) < 4 and "thinking" in answers()[failed[0] - 1]
+    whole = [answer for answer in answers() if "error" not in answer]
+    assert run("--retry") == 0
+    assert [answer["text"] for answer in answers()] == ["122", "11", "17", "579"]
+    assert all(answer in answers() for answer in whole)
 
 
 @pytest.mark.parametrize("at", [1, 40, -1])
@@ -178,7 +215,9 @@ def test_an_unfinished_line_at_the_end_is_answered_again(
     assert run("--seed", "1") == 0
     assert Path("out.jsonl").read_bytes() == whole
     first = capfd.readouterr().err.splitlines()[0]
-    assert first == "2 of 3 lines are answered already; an unfinished line was taken away"
+    assert (
+        first == "2 of 3 lines are answered already; an unfinished line at the end was taken away"
+    )
 
 
 def test_killed_in_the_middle_it_goes_on_without_loss_or_repetition(folder: Path) -> None:
@@ -212,6 +251,8 @@ def test_killed_in_the_middle_it_goes_on_without_loss_or_repetition(folder: Path
         ["--seed", "4"],
         ["--system", "x"],
         ["--kv-dtype", "float32"],
+        ["--kernels", "exact"],
+        ["--context", "1000"],
         ["--regex", "[0-9]+"],
     ],
 )
@@ -227,8 +268,19 @@ def test_answers_of_other_options_are_not_mixed(
     assert Path("out.jsonl").read_bytes() == before
 
 
+def test_a_default_that_is_named_changes_nothing(folder: Path) -> None:
+    ask(*sums(1))
+    assert run() == 0
+    named = "--thinking on --kv-dtype float16 --kernels fast --context 2048 --device CPU"
+    assert run(*named.split()) == 0
+
+
 @pytest.mark.parametrize(
-    "content", [b"a text\n", b'{"line": 1}\n', b"[]\n", b'{"line": 7, "key": "x"}\n', b"\n"]
+    "content",
+    [
+        *[b"a text\n", b'{"line": 1}\n', b"[]\n", b'{"line": 7, "key": "x"}\n', b"\n", b"notes"],
+        *[b'{"line": [1], "key": "x"}\n', b'{"line": 9, "key": null}\n', b'"a prompt"'],
+    ],
 )
 def test_a_file_that_is_not_ours_is_left_alone(
     folder: Path, capfd: pytest.CaptureFixture[str], content: bytes
@@ -238,6 +290,55 @@ def test_a_file_that_is_not_ours_is_left_alone(
     assert run() == 2
     assert "--output out.jsonl, line 1" in capfd.readouterr().err
     assert Path("out.jsonl").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "link.jsonl", "/dev/null", "."])
+def test_what_is_no_place_for_answers_is_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    Path("in.jsonl").write_bytes(b'"What is 1 + 1?"')  # without an end of its line
+    Path("link.jsonl").symlink_to("in.jsonl")
+    assert main(["generate", "--input", "in.jsonl", "--output", name]) == 2
+    error = capfd.readouterr().err
+    right = "no regular file" if name in ("/dev/null", ".") else "is the --input itself"
+    assert right in error and len(error.splitlines()) == 1
+    assert Path("in.jsonl").read_bytes() == b'"What is 1 + 1?"'
+
+
+def test_without_a_place_to_sort_them_answers_stay_as_they_ended(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3_tg.cli import batch_files
+
+    def refused(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    ask(*sums(4))
+    monkeypatch.setattr(batch_files, "replacing", refused)
+    assert run("--batch", "4") == 0
+    assert sorted(answer["line"] for answer in answers()) == [1, 2, 3, 4]
+    assert "cannot be put in the order of the input: Permission denied" in capfd.readouterr().err
+
+
+def test_ctrl_c_says_how_far_it_is(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen3_tg.cli.batch_files import Answers
+
+    ask(*sums(5))
+    write = Answers.write
+
+    def pressed(self: Answers, *answer: Any) -> None:
+        write(self, *answer)
+        if len(self.done) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Answers, "write", pressed)
+    assert run("--batch", "2") == 130
+    assert "2 of 5 lines are answered; the same command goes on\n" in capfd.readouterr().err
+    monkeypatch.setattr(Answers, "write", write)
+    assert run("--batch", "2") == 0
+    assert [answer["text"] for answer in answers()] == [str(a + b) for a, b in SUMS[:5]]
 
 
 def test_two_processes_do_not_write_to_one_file(
@@ -287,6 +388,8 @@ def test_raw_lines_are_continued_as_they_are(folder: Path) -> None:
         (["--input", "in.jsonl", "--speculate", "lookup"], "--speculate guesses for one prompt"),
         (["--input", "in.jsonl", "--temperature", "-1"], "temperature must be at least 0"),
         (["--output", "out.jsonl", "a prompt"], "--output is for the prompts of --input FILE"),
+        (["--input", "in.jsonl", "--prefix-cache", "1GB"], "--prefix-cache is for conversations"),
+        (["--retry", "a prompt"], "--retry is for the prompts of --input FILE"),
         (["--batch", "2", "a prompt"], "--batch is for the prompts of --input FILE"),
     ],
 )
