@@ -28,7 +28,7 @@ class Measured:
     `depth` others in the cache before, by each of `batch` sequences at once; `rounds` are tokens
     per second of all of them, one a round; `bytes_per_token` what each decoded token read of
     weights and cache. `gains`, for several at once: how many times as many tokens as one at a time,
-    measured just before, round by round."""
+    measured just before, round by round. Of experts it is as if no two chose the same."""
 
     kind: str
     tokens: int
@@ -151,11 +151,15 @@ def _batch(
         for slot in started:
             slots.end(slot)
     gains = tuple(many / one for many, one in zip(per_s[1:], alone[1:], strict=True))
-    weights = token_bytes(llm.config, llm.checkpoint.weights)
+    every = token_bytes(llm.config, llm.checkpoint.weights)
+    experts = token_bytes(llm.config, _experts(llm.checkpoint.weights))  # each chooses its own
     cache = cache_bytes(llm.config, depth + count // 2, llm.policy.kv_dtype)
-    return Measured(
-        "decode", count, depth, tuple(per_s[1:]), weights // batch + cache, batch, gains
-    )
+    read = (every - experts) // batch + experts + cache
+    return Measured("decode", count, depth, tuple(per_s[1:]), read, batch, gains)
+
+
+def _experts(weights: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    return {name: weight for name, weight in weights.items() if _EXPERTS in name}
 
 
 def _prefill(llm: LLM, random: np.random.Generator, before: list[int], count: int) -> float:

@@ -16,6 +16,8 @@ from qwen3_tg.cli.conversation import Conversation
 from qwen3_tg.errors import UsageError
 from qwen3_tg.shelf import WORTH
 
+_HEADER_BYTES = 2**20  # more than a file has besides keys and values
+
 
 class ComputedFile:
     """Writes and reads it for a conversation; says what came of it in notes. With a limit of 0 for
@@ -49,13 +51,14 @@ class ComputedFile:
         if not self._limit or not file.exists():
             return
         try:
-            taken = llm.load_computed(file)
-        except UsageError as e:
+            size = file.stat().st_size
+            taken = size <= self._limit + _HEADER_BYTES and llm.load_computed(file)
+        except (UsageError, OSError) as e:
             terminal.note(f"note: {file}: {e}; the conversation is computed anew")
             return
         if not taken:
             terminal.note(
-                f"note: {file}: its {file.stat().st_size:,} bytes are more than the "
+                f"note: {file}: its {size:,} bytes are more than the "
                 f"{self._limit:,} of --prefix-cache; the conversation is computed anew"
             )
             return
@@ -67,16 +70,25 @@ class ComputedFile:
 
     def save(self, path: Path) -> int:
         """Write what is computed of the conversation, unless it is there already. How many tokens
-        are in the file; 0 where nothing was to be written, or could not be, which is told."""
+        are in the file; 0 where nothing was to be written, or could not be, which is told. Of a
+        conversation that was cleared nothing stays."""
         file, llm = _beside(path), self._talk.llm
-        if not self._limit or not self._talk.messages:
-            return 0
-        ids = self._talk.next_ids()
+        ids = self._talk.next_ids() if self._talk.messages else []
         tokens, nbytes = llm.computed(ids)
-        if tokens < WORTH:
-            return 0
-        if self._written == (file, ids[:tokens]):
+        if tokens and self._written == (file, ids[:tokens]):
             return tokens
+        try:
+            if file.exists() and not prefix_file.is_one(file):
+                if self._limit:
+                    terminal.note(f"note: {file} is none of ours, and stays; nothing is kept there")
+                return 0
+            if len(ids) < WORTH:
+                file.unlink(missing_ok=True)
+        except OSError as e:
+            terminal.note(f"note: {file}: cannot be written: {e.strerror or e}")
+            return 0
+        if not self._limit or tokens < WORTH:
+            return 0
         if nbytes > self._limit:
             if not self._has_told_size:
                 terminal.note(
