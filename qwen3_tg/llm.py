@@ -434,7 +434,8 @@ class LLM:
         helped out of it, or ended, unless `loop_guard` is False; `on_notice` is told what was done.
         `tools` are not run, only told to the model; `chat_with_tools` runs them. With a
         `constraint` the answer, after the thinking, has its form, or UnfinishedError is raised
-        after End; it goes with neither tools nor stop strings, which would end it otherwise."""
+        after End; it goes with neither tools nor stop strings, which would end it otherwise.
+        `model` as for generate_ids."""
         from qwen3_tg.loop_guard import LoopGuard
 
         check_messages(messages)

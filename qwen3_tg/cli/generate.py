@@ -22,7 +22,7 @@ from qwen3_tg.generate import OnStep, Step
 from qwen3_tg.llm import LLM, load
 from qwen3_tg.loop_guard import OnNotice
 from qwen3_tg.replay import Recording
-from qwen3_tg.reply import End, Piece, Text
+from qwen3_tg.reply import Piece
 from qwen3_tg.sampling import Sampling
 
 
@@ -224,20 +224,16 @@ def reply(
 def _continue(
     llm: LLM, prompt: str, sampling: Sampling, options: argparse.Namespace, on_step: OnStep
 ) -> Iterator[Piece]:
-    ends: list[End] = []
-    how = options.max_new_tokens, sampling, options.stop
-    guard = options.loop_guard, terminal.notice
-    texts = llm.generate(prompt, *how, ends.append, on_step, *guard, options.constraint)
-
-    def pieces() -> Iterator[Piece]:
-        try:
-            yield from map(Text, texts)
-        except UnfinishedError:  # an answer that is not of the form asked for has an end, too
-            yield from ends
-            raise
-        yield from ends
-
-    return pieces()
+    return llm.completion(
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        stop=options.stop,
+        on_step=on_step,
+        loop_guard=options.loop_guard,
+        on_notice=terminal.notice,
+        constraint=options.constraint,
+    )
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
+
 import qwen3_tg
 from qwen3_tg.sampling import Sampling
 
@@ -26,9 +28,21 @@ def main() -> None:
         "logits": every.tolist(),
         "generated": [int(id) for id in steps],
         "decoded": llm.logits([*ids, *steps])[-1].tolist(),
+        "batch": side_by_side(llm, ids),
         "kept": going_on(llm, qwen3_tg.load(path, device, kernels=kernels), ids * 4),
     }
     print(json.dumps(found))
+
+
+def side_by_side(llm: qwen3_tg.LLM, ids: list[int]) -> float:
+    """How far logits of two sequences at once are from those of each alone, by their spread."""
+    texts = [ids, ids[1:4]]
+    right = np.stack([llm.next_logits(text) for text in texts])
+    slots = llm.slots(2)
+    started = [slots.start(text[:-1])[0] for text in texts]
+    found = slots.step({slot: text[-1] for slot, text in zip(started, texts, strict=True)})
+    rows = np.stack([np.asarray(found[slot]) for slot in started])
+    return float(np.abs(rows - right).max() / right.std())
 
 
 def going_on(llm: qwen3_tg.LLM, undisturbed: qwen3_tg.LLM, ids: list[int]) -> dict[str, object]:

@@ -52,6 +52,7 @@ def test_the_model_agrees_with_numpy(dev: str, kind: str, needs_device: Any) -> 
     for n, id in enumerate(found["generated"]):
         row = right[len(IDS) - 1 + n]
         assert row.max() - row[id] < 2 * tolerance * scale, n
+    assert found["batch"] < tolerance
     assert found["kept"] == {"tokens": 4 * len(IDS), "same": True}
 
 
