@@ -204,25 +204,35 @@ def _progress(llm: LLM, batch: Batch, lines: int) -> Iterator[Any]:
         yield lambda failed: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
+    from rich.text import Text
 
-    columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn(), Remaining()
-    about = TextColumn("{task.fields[about]}")
-    console = Console(stderr=True)
-    with Progress(*columns, about, console=console, transient=True) as progress:
-        task, began = progress.add_task("", total=lines, about="reading the first prompts"), 0.0
+    making, failures, began = "", 0, time.monotonic()
+
+    class Now(ProgressColumn):
+        """Drawn again and again, also while all answers are long."""
+
+        def render(self, task: object) -> Text:
+            fast = batch.new_tokens / (time.monotonic() - began)
+            speed = f"{fast:.0f} tokens/s" if batch.steps else "reading the first prompts"
+            return Text(making or speed + (f", {_count(failures, 'error')}" if failures else ""))
+
+    columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn(), Remaining(), Now()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=lines)
 
         def on_kernels(done: int, total: int) -> None:
-            making = f"making kernel {done} of {total}, once for this model and device"
-            progress.update(task, about=making if done < total else "")
+            nonlocal making
+            text = f"making kernel {done} of {total}, once for this model and device"
+            making = text if done < total else ""
 
         def report(failed: int) -> None:
-            fast = batch.new_tokens / (time.monotonic() - began)
-            errors = f", {_count(failed, 'error')}" if failed else ""
-            progress.update(task, advance=1, about=f"{fast:.0f} tokens/s{errors}")
+            nonlocal failures
+            failures = failed
+            progress.advance(task)
 
-        began, llm.on_kernels = time.monotonic(), on_kernels
+        llm.on_kernels = on_kernels
         try:
             yield report
         finally:
