@@ -74,6 +74,8 @@ class Batch:
         which depend on the seed and on how many requests came before.
 
         Raises DeviceError where there is no memory for the slots."""
+        if isinstance(requests, str):
+            raise UsageError("answers() takes a list of texts or conversations, found one text")
         if self._is_busy:
             raise UsageError("a batch answers one call of answers() at a time")
         rows: list[_Row] = []
@@ -130,6 +132,12 @@ class Batch:
     ) -> ReplyLoop:
         if not isinstance(request, Request):
             request = Request(request)
+        is_list = isinstance(request.what, Sequence)
+        if not is_list or not isinstance(request.options, Mapping):
+            raise UsageError(
+                "a request is a list of messages, a text, or a Request of one with options as a "
+                f"dict; found {str(request)[:80]}"
+            )
         what, options = request.what, {**common, **request.options}
         if "sampling" not in request.options:
             thinking = isinstance(what, str) or options.get("thinking", True)

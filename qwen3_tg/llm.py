@@ -219,23 +219,27 @@ class LLM:
         of their keys and values."""
         return self._engine.computed(ids)
 
-    def save_computed(self, path: Path, ids: Sequence[int]) -> int:
+    def save_computed(self, path: str | Path, ids: Sequence[int]) -> int:
         """Write the keys and values of what `computed` says, for a later process: whole or not at
-        all. How many tokens; of none nothing is written. Raises OSError."""
+        all. How many tokens; of none nothing is written. Raises OSError, and UsageError where there
+        is another file."""
         text = self._engine.give(ids)
         if text is None:
             return 0
+        path = Path(path)
+        if path.exists() and not prefix_file.is_one(path):
+            raise UsageError(f"{path}: there is such a file, and it is none of ours")
         prefix_file.write(path, text, prefix_file.facts(self.checkpoint, self.policy))
         return len(text.ids)
 
-    def load_computed(self, path: Path) -> int:
+    def load_computed(self, path: str | Path) -> int:
         """Take what `save_computed` wrote among what is kept. How many tokens; 0 where they take
         more than `prefix_cache_bytes`.
 
         Raises UsageError with the reason, where they are not this model's, were computed in other
         types or by another version, or the file is damaged."""
         facts = prefix_file.facts(self.checkpoint, self.policy)
-        text = prefix_file.read(path, facts, self._engine.row_bytes)
+        text = prefix_file.read(Path(path), facts, self._engine.row_bytes)
         return len(text.ids) if self._engine.take(text) else 0
 
     @property

@@ -89,7 +89,9 @@ class Slots:
         return found
 
     def end(self, slot: int) -> None:
-        """Give a slot back."""
+        """Give a slot back. Raises UsageError where it is not in use."""
+        if slot not in self._lengths:
+            raise UsageError(f"slot {slot!r} is not in use; start() gives those that are")
         del self._lengths[slot]
         self._free.append(slot)
 

@@ -39,9 +39,7 @@ def run(options: argparse.Namespace) -> None:
     options.constraint = read_constraint(options)
     tools = [tool.schema for tool in read_tools(options.tools)] if options.tools else None
     lines = read_lines(options.input, options.raw, _about(options))
-    with Answers(options.output, lines, options.input) as answers:
-        if options.retry:
-            answers.forget_failed()
+    with Answers(options.output, lines, options.input, options.retry) as answers:
         left = [line for line in lines if line.number not in answers.done]
         done = f"{len(answers.done)} of {len(lines)} lines are answered already"
         cut = "an unfinished line at the end was taken away"

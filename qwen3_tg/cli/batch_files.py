@@ -119,8 +119,11 @@ class Answers:
     """The output file, or stdout for "-". `done` are the numbers of the lines that it answers, of
     which `failed` with an error."""
 
-    def __init__(self, name: str, lines: list[Line], source: str):
-        """`source` is the name of the input. Raises UsageError for what is no place for answers."""
+    def __init__(self, name: str, lines: list[Line], source: str, retry: bool = False):
+        """`source` is the name of the input. With `retry` answers that are errors are taken away,
+        so that their lines, which may have been mended, are asked again. Raises UsageError for what
+        is no place for answers."""
+        self._retry = retry
         self._path = None if name == "-" else Path(name)
         if self._path and self._path.exists():
             if not self._path.is_file():
@@ -142,6 +145,8 @@ class Answers:
             _lock(self._file, self._path)
             self._file.seek(0)
             self._take(bytes(self._file.read()))
+            if self._retry:
+                self._forget_failed()
         except OSError as e:
             raise UsageError(f"--output {self._path}: {e.strerror or e}") from None
         return self
@@ -162,7 +167,7 @@ class Answers:
                 number, key = int(answer["line"]), str(answer["key"])
             except (ValueError, RecursionError, TypeError, KeyError):
                 raise UsageError(f"{where} is no answer of ours: name another file") from None
-            if keys.get(number) != key:
+            if keys.get(number) != key and not (self._retry and "error" in answer):
                 raise UsageError(
                     f"{where} answers another prompt, or another model or other options: name "
                     "another file, or go on with the same input and options"
@@ -175,8 +180,8 @@ class Answers:
             self._file.truncate(len(data) - len(rest))
             self.cut_off = True
 
-    def forget_failed(self) -> None:
-        """Take the answers with an error away: their lines are asked again. Raises OSError."""
+    def _forget_failed(self) -> None:
+        """Raises OSError."""
         if not self._file or not self._path or not self.failed:
             return
         kept = [

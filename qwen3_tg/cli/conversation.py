@@ -57,7 +57,7 @@ class Conversation:
         self._random_seed = secrets.randbits(32)
         self._question: Question | None = None
         # by clear() or load(), for undo(), with what else is to be put back
-        self._dropped: tuple[list[Message], Callable[[], None] | None] | None = None
+        self._dropped: tuple[list[Message], int, Callable[[], None] | None] | None = None
         self._left_out = 0  # turns at the beginning that are no longer sent
 
     @property
@@ -102,7 +102,8 @@ class Conversation:
     def undo(self) -> str | None:
         """Take the last turn back, or clear() or load() where they were the last; what it was."""
         if self._dropped is not None:
-            (self.messages, restore), self._dropped, self._question = self._dropped, None, None
+            self.messages, self._left_out, restore = self._dropped
+            self._dropped = self._question = None
             if restore:
                 restore()
             return f"{count(self.messages)} are back"
@@ -121,22 +122,26 @@ class Conversation:
         self, messages: list[Message], restore: Callable[[], None] | None = None
     ) -> None:
         """Go on from these; undo() calls `restore`, too."""
-        before = self.messages or (self._dropped[0] if self._dropped else [])
+        before, left_out = self.messages, self._left_out
+        if not before and self._dropped:
+            before, left_out, _ = self._dropped
         if before or restore:
-            self._dropped = before, restore
-        self.messages, self._question = messages, None
+            self._dropped = before, left_out, restore
+        self.messages, self._left_out, self._question = messages, 0, None
 
     def used_tokens(self) -> int:
         """Tokens that the conversation takes in the context, as the next turn finds it."""
-        return len(self._ids(self.messages))
+        return len(self._ids(self._sent()))
 
     def next_ids(self) -> list[int]:
         """Its tokens as the next turn sends them, up to a question of one letter: without former
         thinking, and without turns that no longer fit."""
+        return self._ids([*self._sent(), {"role": "user", "content": "?"}])
+
+    def _sent(self) -> list[Message]:
+        """Without turns that no longer fit."""
         _, turns = split_turns(self.messages)
-        sent = [dict(message) for turn in turns[self._left_out :] for message in turn]
-        sent.append({"role": "user", "content": "?"})
-        return self._ids(sent)
+        return [dict(message) for turn in turns[self._left_out :] for message in turn]
 
     def _ids(self, messages: list[Message]) -> list[int]:
         whole = with_system(messages, self.options)

@@ -98,6 +98,11 @@ def _check_record(path: Path, answers: int) -> None:
         raise UsageError(f"--record: {path} is no file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"--record: {path} cannot be written")
+    if path.exists() and path.stat().st_size:
+        try:
+            Recording.load(path)
+        except UsageError:
+            raise UsageError(f"--record: {path} is no recording; name another file") from None
 
 
 def _answer(

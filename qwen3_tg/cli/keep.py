@@ -22,6 +22,7 @@ class Keeper:
         self._path: Path | None = None
         self._always = False
         self._kept = self._now()
+        self._written: tuple[int, int] | None = None  # the stamp of the file as we left it
 
     def start(self, name: str) -> None:
         """For --session: load the file if it is there, and keep it up to date from now on. What
@@ -36,19 +37,30 @@ class Keeper:
         else:
             self._computed.check(path)
             terminal.note(f"(the conversation is kept in {path})")
-        self._path, self._always, self._kept = path, True, self._now()
-        session.write(path, self._kept)  # an unwritable place is found now, not after an answer
+        self._path, self._always = path, True
+        self._write(path)  # an unwritable place is found now, not after an answer
 
     def after_a_turn(self) -> None:
         """To call after whatever may have changed the conversation."""
+        if not self._always or not self._path or self._now() == self._kept:
+            return
+        if _stamp(self._path) != self._written:
+            terminal.note(
+                f"note: another program has changed {self._path}: this conversation is no longer "
+                "kept there; /save FILE keeps it elsewhere"
+            )
+            self._always, self._path = False, None
+            return
+        self._write(self._path)
+
+    def _write(self, path: Path) -> None:
         now = self._now()
-        if self._always and self._path and now != self._kept:
-            session.write(self._path, now)
-            self._kept = now
+        session.write(path, now)
+        self._kept, self._written = now, _stamp(path)
 
     def leave(self) -> None:
         """To call when the conversation that is kept is left."""
-        if self._always and self._path:
+        if self._always and self._path and _stamp(self._path) == self._written:
             self._computed.save(self._path)
 
     def save(self, name: str, force: bool = False) -> tuple[Path, int]:
@@ -66,9 +78,15 @@ class Keeper:
                     raise UsageError(
                         f"{file}: there is such a file; to write over it: /save --force FILE"
                     )
-        session.write(path, self._now())
-        if not self._always:
+        if path == self._path and not force and _stamp(path) != self._written:
+            raise UsageError(
+                f"{path}: another program has changed it; to write over it: /save --force FILE"
+            )
+        if path == self._path or not self._always:
             self._path = path
+            self._write(path)
+        else:
+            session.write(path, self._now())
         return path, self._computed.save(path)
 
     def load(self, name: str) -> None:
@@ -77,17 +95,17 @@ class Keeper:
         self.after_a_turn()
         found = session.read(path)
         self.leave()
-        former, before = self._path, self._now()
+        former, before, stamp = self._path, self._now(), self._written
 
         def restore() -> None:
             """All that was taken from the file but the messages, and which file is kept."""
-            self._path = former
+            self._path, self._written = former, stamp
             self._set(before)
             self._kept = self._now()  # not written: the former file has it
 
         self._take(found, path, restore)
         self._computed.load(path)
-        self._path, self._kept = path, self._now()
+        self._path, self._kept, self._written = path, self._now(), _stamp(path)
 
     def _take(self, found: Session, path: Path, restore: Callable[[], None] | None = None) -> None:
         talk = self._talk
@@ -127,6 +145,15 @@ def _path(name: str) -> Path:
         return Path(name).expanduser().absolute()
     except RuntimeError:
         raise UsageError(f"{name}: there is no such user's folder") from None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes whenever the file is written, as that replaces it; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _exists(path: Path) -> bool:

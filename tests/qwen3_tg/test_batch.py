@@ -199,6 +199,17 @@ def test_one_that_is_left_halfway_leaves_nothing_behind(fast: LLM) -> None:
     assert [answer.text for answer in found] == ["11", "15"]
 
 
+@pytest.mark.parametrize(
+    "wrong", [5, {"role": "user", "content": "?"}, Request("x", "y"), Request(3), [5], None]
+)
+def test_what_is_no_request_is_an_error_of_its_own(fast: LLM, wrong: Any) -> None:
+    found = by_number(fast.batch(2).answers([question(5, 6), wrong], max_new_tokens=9))
+    assert found[0].text == "11"
+    assert isinstance(found[1].error, UsageError | ChatError)
+    with pytest.raises(UsageError, match="a list of texts or conversations"):
+        next(fast.batch(2).answers("a text"))
+
+
 @pytest.mark.parametrize("option", ["thinking", "on_end", "model", "nonsense"])
 def test_an_option_that_does_not_exist_is_an_error_of_each(fast: LLM, option: str) -> None:
     found = by_number(fast.batch(2).answers(["1 + 1 = ", question(1, 1)], **{option: True}))

@@ -170,8 +170,11 @@ def test_nothing_is_done_twice(folder: Path, capfd: pytest.CaptureFixture[str]) 
         'error: 1 line of 4 has an "error" in the output; --retry asks them again',
     ]
     assert run("--retry") == 1 and answers()[3]["error"] == "the prompt is empty"
+    ask(*sums(3), "What is 2 + 2?")  # what was wrong with the line is mended
+    assert run() == 2
+    assert run("--retry") == 0 and answers()[3]["text"] == "4"
     Path("out.jsonl").write_bytes(b"".join(before.splitlines(keepends=True)[:3]))
-    ask(*sums(3), "What is 1 + 1?")  # more can be asked later, and what was wrong be mended
+    ask(*sums(3), "What is 1 + 1?")  # more can be asked later
     assert run() == 0
     assert answers()[3]["text"] == "2" and Path("out.jsonl").read_bytes().startswith(
         b"".join(before.splitlines(keepends=True)[:3])

@@ -222,6 +222,9 @@ def test_what_cannot_be_asked_of_slots_is_refused(llm: qwen3_tg.LLM) -> None:
     with pytest.raises(UsageError, match="all 1 slots are taken"):
         slots.start([1])
     assert slots.step({}) == {}
+    slots.end(slot)
+    with pytest.raises(UsageError, match="slot 0 is not in use"):
+        slots.end(slot)
 
 
 def test_a_sequence_that_memory_has_no_room_for_does_not_stop_the_others(
