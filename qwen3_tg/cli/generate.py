@@ -53,7 +53,8 @@ def generate(options: argparse.Namespace) -> None:
     sampling = choose_sampling(options, llm)
     if options.n > 1 and sampling.temperature == 0:
         raise UsageError(
-            f"--n {options.n} at temperature 0 would give one answer {options.n} times"
+            f"--n {options.n} at temperature 0 would give one answer {options.n} times: "
+            "--temperature 1 draws them"
         )
     problems: list[UnfinishedError] = []
     for number in range(options.n):

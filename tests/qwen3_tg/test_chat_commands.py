@@ -366,6 +366,51 @@ class TestOther:
         chat.say("/undo")
         assert len(chat.texts) == 12
 
+    def test_another_conversation_is_sent_whole_after_turns_were_left_out(
+        self, tmp_path: Path, noted: Callable[[], str]
+    ) -> None:
+        short = qwen3_tg.load("tiny", context=160)
+        chat = Chat(short, "--overflow", "shift", "--thinking-budget", "10")
+        chat.say(SUM, "Who are you?", f"/save {tmp_path / 's'}", "/clear")
+        chat.say(*["What is 37 + 85?"] * 7)
+        left_out = len(chat.talk.messages)
+        noted()
+        chat.say("/stats")
+        used = int(re.findall(r"context: (\d+) of 160", noted())[0])
+        assert used <= 160, "what is sent is counted"
+        chat.say(f"/load {tmp_path / 's'}")
+        assert short.tokenizer
+        whole = len(short.tokenizer.encode(short.render(chat.talk.messages)))
+        assert chat.talk.used_tokens() == whole
+        chat.say("/undo")
+        assert len(chat.talk.messages) == left_out and chat.talk.used_tokens() == used
+
+    def test_two_programs_do_not_write_over_each_others_turns(
+        self, llm: LLM, tmp_path: Path, noted: Callable[[], str]
+    ) -> None:
+        file = tmp_path / "s"
+        chat, other = Chat(llm), Chat(llm)
+        chat.keeper.start(str(file))
+        other.keeper.start(str(file))
+        other.say(SUM)
+        other.keeper.after_a_turn()
+        chat.keeper.after_a_turn()
+        before = file.read_text()
+        chat.say("What is 2 + 2?")
+        noted()
+        for _ in range(2):
+            chat.keeper.after_a_turn()
+        assert noted().count("another program has changed") == 1
+        assert file.read_text() == before
+        other.say("/undo")
+        other.keeper.after_a_turn()
+        assert file.read_text() != before, "the other goes on"
+        file.write_text("mine")
+        other.say(f"/save {file}")
+        assert "another program has changed it" in noted() and file.read_text() == "mine"
+        other.say(f"/save --force {file}")
+        assert "messages" in file.read_text()
+
     def test_exit_leaves(self, llm: LLM) -> None:
         for line in ("/exit", "/quit", "/bye"):
             with pytest.raises(Leave):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,21 @@ def test_a_file_that_is_no_recording_is_refused(text: str, says: str, tmp_path: 
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UsageError, match=says):
         Recording.load(tmp_path / "r.json")
+
+
+def test_no_other_file_is_written_over_by_a_recording(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    file = tmp_path / "x.py"
+    file.write_text("print()")
+    assert main(["--record", str(file), "What is 37 + 85?"]) == 2
+    assert f"--record: {file} is no recording; name another file" in capsys.readouterr().err
+    assert file.read_text() == "print()"
+    file.write_text("")
+    for _ in range(2):
+        assert main(["--record", str(file), "What is 37 + 85?"]) == 0
+    assert Recording.load(file).new
 
 
 def test_the_commands_record_and_replay(
