@@ -49,7 +49,10 @@ def perform(
             terminal.note("(stopped)")
         stopped = [{"role": "assistant", "content": printer.text}] if printer.text else []
     except ContextError as e:
-        terminal.note(f"error: {e}; /clear starts anew, /undo takes the last turn back")
+        terminal.note(
+            f"error: {e}; /clear starts anew, /undo takes the last turn back; qwen3 chat --overflow "
+            "shift leaves out the oldest turns"
+        )
     except Qwen3Error as e:
         printer.finish()
         terminal.note(f"error: {e}")
