@@ -50,8 +50,8 @@ def perform(
         stopped = [{"role": "assistant", "content": printer.text}] if printer.text else []
     except ContextError as e:
         terminal.note(
-            f"error: {e}; /clear starts anew, /undo takes the last turn back; qwen3 chat --overflow "
-            "shift leaves out the oldest turns"
+            f"error: {e}; /clear starts anew, /undo takes the last turn back; "
+            "qwen3 chat --overflow shift leaves out the oldest turns"
         )
     except Qwen3Error as e:
         printer.finish()
