@@ -101,9 +101,11 @@ def check_schema(entry: Any, where: str) -> dict[str, Any]:
 
 
 class Toolbox:
-    """Some tools, by name. Raises UsageError for two of one name."""
+    """Some tools, by name. Raises UsageError for two of one name, and for one that is no list."""
 
     def __init__(self, tools: Sequence[Tool | Callable[..., Any]]):
+        if callable(tools) or isinstance(tools, Tool):
+            raise UsageError("tools are a list of functions, found a single one")
         self._tools: dict[str, Tool] = {}
         for tool in tools:
             tool = tool if isinstance(tool, Tool) else Tool.of(tool)

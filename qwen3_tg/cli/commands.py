@@ -58,6 +58,8 @@ class Commands:
             )
             return True
         try:
+            if argument and " " not in command.usage:
+                raise UsageError(f"{word} stands alone, found {argument!r} after it")
             command.run(self, argument)
         except (Qwen3Error, OSError, RuntimeError) as e:  # the conversation is worth more
             terminal.note(f"error: {e}")
@@ -149,6 +151,9 @@ class Commands:
         terminal.note(f"({self._talk.undo() or 'there is nothing to take back'})")
 
     def _clear(self, argument: str) -> None:
+        if not self._talk.messages and not self._talk.files:
+            terminal.note("(there is nothing to forget)")
+            return
         self._talk.clear()
         terminal.note("(forgotten) /undo brings it back")
 

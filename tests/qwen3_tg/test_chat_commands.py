@@ -411,6 +411,18 @@ class TestOther:
         other.say(f"/save --force {file}")
         assert "messages" in file.read_text()
 
+    @pytest.mark.parametrize("line", ["/undo 2", "/regen now", "/help x", "/clear all", "/exit 1"])
+    def test_a_command_that_takes_nothing_says_so(
+        self, llm: LLM, noted: Callable[[], str], line: str
+    ) -> None:
+        chat = Chat(llm)
+        chat.say(SUM, line)
+        command, word = line.split()
+        assert f"error: {command} stands alone, found '{word}' after it" in noted()
+        assert len(chat.texts) == 2
+        chat.say("/clear", "/clear")
+        assert "(there is nothing to forget)" in noted()
+
     def test_exit_leaves(self, llm: LLM) -> None:
         for line in ("/exit", "/quit", "/bye"):
             with pytest.raises(Leave):

@@ -225,6 +225,10 @@ class TestCalls:
         with pytest.raises(UsageError, match="two tools have the name 'calculator'"):
             Toolbox([calculator, calculator])
 
+    def test_one_function_is_no_list_of_them(self) -> None:
+        with pytest.raises(UsageError, match="a list of functions, found a single one"):
+            Toolbox(calculator)  # type: ignore[arg-type]
+
 
 def end(reason: str = "stop") -> End:
     return End(reason, 1, 0, 1, 0.0, 0.0)
