@@ -13,9 +13,11 @@ from tinygrad import Tensor, UOp
 
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.model import Block, MoE, Qwen3
+from qwen3_tg.pace import LENGTHS
 
-# Positions up to which none is computed otherwise than alone.
-_FEW = 8
+# Positions of a step that looks at guesses: one width, so that there is one graph. Up to so many,
+# each is computed as it would be alone.
+FEW = LENGTHS[-1] + 1
 
 Place = tuple[int, int]
 """An id and the position where it stands."""
@@ -139,7 +141,7 @@ class Fast:
         model = self.model
         # few positions are those of a verification: to be what they would be one by one, as those
         # of a batch
-        alike = int(ids.shape[1]) <= (MOST_ALIKE if batch else _FEW)
+        alike = int(ids.shape[1]) <= (MOST_ALIKE if batch else FEW)
         steps = self.kernels.steps(ids, at, model.config.rms_norm_eps, alike, batch)
         x = steps.embed(model.embed_tokens.weight)
         for i, (attention, mlp) in enumerate(self._layers):

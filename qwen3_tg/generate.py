@@ -20,14 +20,12 @@ from numbers import Integral
 import numpy as np
 
 from qwen3_tg.config import ModelConfig
-from qwen3_tg.device import Policy, free_memory
-from qwen3_tg.device.names import gib
+from qwen3_tg.device import Policy, check_memory
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
-from qwen3_tg.forward import Forward
+from qwen3_tg.forward import FEW, Forward
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KV_DTYPES, KVCache
-from qwen3_tg.kv_sizes import grown_capacity
-from qwen3_tg.pace import LENGTHS
+from qwen3_tg.kv_sizes import cache_bytes, grown_capacity
 from qwen3_tg.sampling import Sampling, Seen, sample
 from qwen3_tg.shelf import WORTH, Kept, Shelf, common_prefix, is_continued, is_lost
 from qwen3_tg.speculate import Model, Speculation
@@ -36,8 +34,6 @@ from qwen3_tg.tuning import Tuning
 
 # Positions whose logits are computed together where all are wanted: they are large.
 _EVERY_CHUNK = 64
-# And where guesses are looked at: one width, so that there is one graph.
-_FEW = LENGTHS[-1] + 1
 # tinygrad captures and schedules for a whole process: one thread computes at a time.
 ONE_AT_A_TIME = threading.RLock()
 
@@ -91,26 +87,25 @@ class Engine:
         """Those of a batch, with a position more than the context, where a full one waits. Raises
         DeviceError where there is no memory for them."""
         caches = [self.new_cache(self.context + 1) for _ in range(count)]
-        self._check_memory(sum(map(self.cache_bytes, caches)), f"what a batch of {count} keeps")
+        self._check_room(sum(map(self.cache_bytes, caches)), f"what a batch of {count} keeps")
         return caches
 
     def cache_bytes(self, cache: KVCache) -> int:
         """Bytes of a cache on each device."""
-        return cache.capacity * sum(self.row_bytes) // len(self._policy.devices)
+        return self._cache_bytes(cache.capacity)
 
     def check_growth(self, cache: KVCache, positions: int) -> None:
         """Raises DeviceError where there is no memory for a cache with so many positions."""
         grown = grown_capacity(cache.capacity, positions, cache.limit)
-        needed = self.cache_bytes(cache) // cache.capacity * grown
-        self._check_memory(needed, f"a cache of {grown} tokens")
+        self._check_room(self._cache_bytes(grown), f"a cache of {grown} tokens")
 
-    def _check_memory(self, needed: int, what: str) -> None:
-        free = free_memory(self._device)
-        if free is not None and needed > free:
-            raise DeviceError(
-                f"{what} takes {gib(needed)}, and {gib(free)} of memory are free on "
-                f"{self._device}: take a smaller batch"
-            )
+    def _cache_bytes(self, capacity: int) -> int:
+        whole = cache_bytes(self._config, capacity, self._policy.kv_dtype)
+        return whole // len(self._policy.devices)
+
+    def _check_room(self, nbytes: int, what: str) -> None:
+        parts = {"keys and values": nbytes}
+        check_memory(self._device, parts, what, "take a smaller batch")
 
     def batch_graph(self, caches: Sequence[KVCache]) -> BatchGraph:
         """A step of a batch with these caches."""
@@ -307,7 +302,7 @@ class Engine:
 
     def _size(self, kind: str) -> int:
         """New positions that a graph computes."""
-        sizes = {"decode": 1, "few": _FEW, "prefill": self._chunk, "all": _EVERY_CHUNK}
+        sizes = {"decode": 1, "few": FEW, "prefill": self._chunk, "all": _EVERY_CHUNK}
         return min(sizes[kind], self._chunk)
 
     def _run(self, kind: str, new: list[int], start: int) -> np.ndarray:

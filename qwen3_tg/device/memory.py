@@ -47,16 +47,20 @@ def free_memory(name: str) -> int | None:
     return memory_of(name).free
 
 
-def check_memory(name: str, bytes_by_part: Mapping[str, int]) -> None:
-    """Refuse a model that the free memory cannot hold, where that is known. Without this the system
-    would kill the process in the middle. Raises DeviceError."""
+def check_memory(
+    name: str,
+    bytes_by_part: Mapping[str, int],
+    what: str = "the model",
+    todo: str = "take a smaller model or a larger machine (qwen3 plan says what fits)",
+) -> None:
+    """Refuse what the free memory cannot hold, where that is known. Without this the system would
+    kill the process in the middle. Raises DeviceError."""
     needed, free = sum(bytes_by_part.values()), free_memory(name)
     if free is not None and needed > free:
         parts = ", ".join(f"{part} {gib(nbytes)}" for part, nbytes in bytes_by_part.items())
         raise DeviceError(
-            f"the model takes {gib(needed)} ({parts}) and {gib(free)} of memory are free on "
-            f"{' and on '.join(each(name))}: take a smaller model or a larger machine "
-            "(qwen3 plan says what fits)"
+            f"{what} takes {gib(needed)} ({parts}) and {gib(free)} of memory are free on "
+            f"{' and on '.join(each(name))}: {todo}"
         )
 
 

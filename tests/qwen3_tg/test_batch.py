@@ -220,9 +220,9 @@ def test_an_option_that_does_not_exist_is_an_error_of_each(fast: LLM, option: st
 def test_a_batch_that_memory_has_no_room_for_is_no_answer(
     fast: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen3_tg import generate
+    from qwen3_tg.device import memory
 
-    monkeypatch.setattr(generate, "free_memory", lambda name: 10)
+    monkeypatch.setattr(memory, "free_memory", lambda name: 10)
     with pytest.raises(DeviceError, match="take a smaller batch"):
         next(fast.batch(2).answers([question(1, 1)]))
 

@@ -177,10 +177,10 @@ def test_logits_that_are_no_numbers_are_an_error_of_their_sequence_alone() -> No
 
 
 def test_a_batch_that_memory_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_tg import generate
+    from qwen3_tg.device import memory
 
     llm = load(kernels="fast")
-    monkeypatch.setattr(generate, "free_memory", lambda name: 10)
+    monkeypatch.setattr(memory, "free_memory", lambda name: 10)
     with pytest.raises(DeviceError, match=r"what a batch of 4 keeps takes .* take a smaller"):
         llm.slots(4).start([1])
 
@@ -230,14 +230,14 @@ def test_what_cannot_be_asked_of_slots_is_refused(llm: qwen3_tg.LLM) -> None:
 def test_a_sequence_that_memory_has_no_room_for_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qwen3_tg import generate
+    from qwen3_tg.device import memory
 
     llm = load(kernels="fast")
     monkeypatch.setattr(kv_sizes, "FIRST_STEP", 8)
     slots = llm.slots(2)
     (long,), (short,) = texts(llm, 0, [7]), texts(llm, 0, [3])
     first, second = slots.start(long)[0], slots.start(short)[0]
-    monkeypatch.setattr(generate, "free_memory", lambda name: 10)
+    monkeypatch.setattr(memory, "free_memory", lambda name: 10)
     found = slots.step({first: 1, second: 1})
     assert isinstance(found[first], DeviceError)
     assert "no memory for more than 8 tokens of each of 2 sequences" in str(found[first])
