@@ -66,10 +66,9 @@ class Slots:
 
         Raises UsageError and ContextError where an id, or one more, cannot be."""
         for slot, id in new.items():
-            if slot not in self._lengths:
-                raise UsageError(f"slot {slot!r} is not in use; start() gives those that are")
+            length = self._length(slot)
             self._engine.check_ids([id])
-            if self._lengths[slot] >= self.context:
+            if length >= self.context:
                 raise ContextError(f"slot {slot}: the context of {self.context} is full")
         with ONE_AT_A_TIME:
             found: dict[int, np.ndarray | DeviceError] = {}
@@ -90,10 +89,15 @@ class Slots:
 
     def end(self, slot: int) -> None:
         """Give a slot back. Raises UsageError where it is not in use."""
-        if slot not in self._lengths:
-            raise UsageError(f"slot {slot!r} is not in use; start() gives those that are")
+        self._length(slot)
         del self._lengths[slot]
         self._free.append(slot)
+
+    def _length(self, slot: int) -> int:
+        """Positions of a slot. Raises UsageError where it is not in use."""
+        if slot not in self._lengths:
+            raise UsageError(f"slot {slot!r} is not in use; start() gives those that are")
+        return self._lengths[slot]
 
     def _run(self, places: Mapping[int, tuple[int, int]]) -> Mapping[int, np.ndarray]:
         if self._graph is not None:
