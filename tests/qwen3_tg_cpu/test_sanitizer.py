@@ -30,10 +30,19 @@ def test_no_race_is_seen(tool: ModuleType) -> None:
 
 @pytest.mark.long
 def test_a_planted_race_is_seen(tool: ModuleType) -> None:
+    """Steps read floats that another thread may still be writing.
+
+    The barriers around experts' numbers stay: with wild ones the program would crash instead.
+    """
     barrier = "        barrier(pool);\n    }\n}"
     text = tool.program_text()
     assert text.count(barrier) == 1
-    without = barrier.replace("barrier(pool)", "if (step[0] != LINEAR) barrier(pool)")
-    code, report = tool.check(text.replace(barrier, without), threads=3)
+    kept = "step[0] == ROUTE || step[0] == GROUP || step[STEP_NUMBERS] == ROUTE"
+    text = text.replace(barrier, barrier.replace("barrier(pool)", f"if ({kept}) barrier(pool)"))
+    # Threads meet by chance: on two quiet cores in each run, with ten runs at once in every other.
+    for _ in range(6):
+        code, report = tool.check(text, threads=3)
+        if code != 0:
+            break
     assert code == 1
     assert re.search(r"data race.*", report)
