@@ -13,11 +13,7 @@ from tinygrad import Tensor, UOp
 
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.model import Block, MoE, Qwen3
-from qwen3_tg.pace import LENGTHS
-
-# Positions of a step that looks at guesses: one width, so that there is one graph. Up to so many,
-# each is computed as it would be alone.
-FEW = LENGTHS[-1] + 1
+from qwen3_tg.pace import FEW
 
 Place = tuple[int, int]
 """An id and the position where it stands."""

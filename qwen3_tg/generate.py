@@ -22,10 +22,11 @@ import numpy as np
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.device import Policy, check_memory
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
-from qwen3_tg.forward import FEW, Forward
+from qwen3_tg.forward import Forward
 from qwen3_tg.kernel_cache import KernelCache
 from qwen3_tg.kv_cache import KV_DTYPES, KVCache
 from qwen3_tg.kv_sizes import cache_bytes, grown_capacity
+from qwen3_tg.pace import FEW
 from qwen3_tg.sampling import Sampling, Seen, sample
 from qwen3_tg.shelf import WORTH, Kept, Shelf, common_prefix, is_continued, is_lost
 from qwen3_tg.speculate import Model, Speculation

@@ -91,15 +91,16 @@ def load(
         notes = (*checkpoint.notes, remark) if remark else checkpoint.notes
         policy = devices.choose(device, dtype, kv_dtype, kernels, threads)
         checkpoint = replace(checkpoint, config=config, notes=notes)
-        smaller = _draft(draft, policy) if draft else None
+        smaller = _draft(draft, policy, context) if draft else None
         return LLM(checkpoint, policy, context, on_progress, speculate, smaller, prefix_cache_bytes)
 
 
-def _draft(name: str, policy: devices.Policy) -> LLM:
-    """The model that guesses, with the context it was made for. It keeps no other conversations: it
-    is small, and their room is the model's."""
+def _draft(name: str, policy: devices.Policy, context: int) -> LLM:
+    """The model that guesses, with this context or the shorter one it was made for. It keeps no
+    other conversations: it is small, and their room is the model's."""
     checkpoint = open_checkpoint(str(name))
-    config, context, _ = checkpoint.config.with_context(None)
+    own = checkpoint.config.with_context(None)[1]
+    config, context, _ = checkpoint.config.with_context(min(context, own))
     return LLM(replace(checkpoint, config=config), policy, context, prefix_cache_bytes=0)
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 # Tokens guessed: with the one before them 2, 4 or 8 positions are computed at once.
 LENGTHS = (1, 3, 7)
+# Positions of a step that looks at guesses: one width, so that there is one graph. Up to so many,
+# each is computed as it would be alone.
+FEW = LENGTHS[-1] + 1
 _FIRST = 1  # of LENGTHS
 _KEPT = 0.8  # what an earlier measurement still counts when a new one comes
 _TRY = 4  # rounds of guessing before they are judged

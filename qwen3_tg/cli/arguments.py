@@ -309,19 +309,17 @@ def _add_chat_tools(parser: _Parser) -> None:
     tools = parser.add_argument_group("the commands in --tools FILE")
     tools.add_argument("--yes-tools", action="store_true", help="run them without asking")
     tools.add_argument(
-        "--tool-timeout", type=float, default=30, metavar="S", help="seconds that one may run (30)"
+        "--tool-timeout", type=float, metavar="S", help="seconds that one may run (30)"
     )
     tools.add_argument(
         "--tool-output",
         type=int,
-        default=16384,
         metavar="N",
         help="bytes of what one prints that the model is given (16384)",
     )
     tools.add_argument(
         "--tool-rounds",
         type=int,
-        default=10,
         metavar="N",
         help="rounds of calls before it must answer (10)",
     )
@@ -384,6 +382,13 @@ def _add_plan(parser: _Parser) -> None:
     parser.add_argument(
         "--kv-dtype", choices=KV_DTYPE_NAMES, help="of the cache of keys and values"
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="for so many prompts at once, as with generate --input",
+    )
+    parser.add_argument("--draft", metavar="M", help="with this model to guess for it")
     parser.add_argument(
         "--memory",
         metavar="SIZE",

@@ -16,12 +16,14 @@ from qwen3_tg import device as devices
 from qwen3_tg import usage
 from qwen3_tg.cli import terminal
 from qwen3_tg.cli.sizes import read_size
-from qwen3_tg.errors import DeviceError, UsageError
+from qwen3_tg.config import ModelConfig
+from qwen3_tg.errors import DeviceError, UsageError, check_count
 from qwen3_tg.plan import (
     FORMS,
     ModelSize,
     Plan,
     Source,
+    Use,
     check_form,
     find_source,
     largest_context,
@@ -29,6 +31,7 @@ from qwen3_tg.plan import (
     make_plan,
     stored_as,
 )
+from qwen3_tg.speculate import check_vocabulary
 
 CONTEXTS = (1024, 4096, 8192, 32768, 40960, 65536, 131072)
 _NO_TERMINAL_COLUMNS = 100
@@ -42,9 +45,10 @@ class Target:
     policy: devices.Policy
     free_bytes: int | None
     factor: float
+    use: Use
 
     def plan(self, size: ModelSize, context: int | None) -> Plan:
-        return make_plan(size, self.policy, context, self.factor)
+        return make_plan(size, self.policy, context, self.factor, self.use)
 
     def holds(self, plan: Plan) -> bool | None:
         return None if self.free_bytes is None else plan.needed_bytes <= self.free_bytes
@@ -52,7 +56,7 @@ class Target:
     def largest_context(self, size: ModelSize) -> int | None:
         if self.free_bytes is None:
             return None
-        return largest_context(size, self.policy, self.free_bytes, self.factor)
+        return largest_context(size, self.policy, self.free_bytes, self.factor, self.use)
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,19 @@ def plan(options: argparse.Namespace) -> None:
     forms = _read_forms(options.quant)
     contexts = _read_contexts(options.context)
     memory_bytes = read_size("--memory", options.memory) if options.memory else None
+    check_count("--batch", options.batch, least=1)
+    if options.batch and options.draft:
+        raise UsageError("--draft guesses for one prompt at a time, not for --batch")
     source = find_source(options.model, bool(forms), terminal.note)
     for remark in source.notes:
         terminal.note(f"note: {remark}")
+    use = Use(
+        options.batch or 0, _read_draft(options.draft, source.config) if options.draft else None
+    )
     targets = (
-        [Target(devices.imagined(memory_bytes, options.kv_dtype), memory_bytes, 1.0)]
+        [Target(devices.imagined(memory_bytes, options.kv_dtype), memory_bytes, 1.0, use)]
         if options.memory
-        else _targets_here(options.kv_dtype)
+        else _targets_here(options.kv_dtype, use)
     )
     name = source.form or "as stored"
     sizes = {} if forms else {name: ModelSize.of(source.config, source.weights)}
@@ -123,7 +133,14 @@ def _read_contexts(text: str | None) -> list[int]:
     return list(dict.fromkeys(map(int, numbers)))
 
 
-def _targets_here(kv_dtype: str | None) -> list[Target]:
+def _read_draft(name: str, config: ModelConfig) -> ModelSize:
+    """Of a model that guesses for one with this config. Raises UsageError where it cannot."""
+    source = find_source(name, False, terminal.note)
+    check_vocabulary(name, (config.vocab_size, source.config.vocab_size), (None, None))
+    return ModelSize.of(source.config, source.weights)
+
+
+def _targets_here(kv_dtype: str | None, use: Use) -> list[Target]:
     """Every working device of this machine; its scratch is measured once."""
     targets = []
     for policy in devices.working_policies(kv_dtype):
@@ -134,11 +151,11 @@ def _targets_here(kv_dtype: str | None) -> list[Target]:
                 factor = usage.scratch_factor(policy.device)
             except DeviceError as e:
                 terminal.note(f"note: {e}; the estimate of scratch is less sure")
-        targets.append(Target(policy, devices.free_memory(policy.device), factor or 1.0))
+        targets.append(Target(policy, devices.free_memory(policy.device), factor or 1.0, use))
     if not targets:
         what = f"keeps keys and values in {kv_dtype}" if kv_dtype else "works"
         terminal.note(f"note: no device {what} here (see: qwen3 devices); planned for a GPU")
-        targets.append(Target(devices.imagined(kv_dtype=kv_dtype), None, 1.0))
+        targets.append(Target(devices.imagined(kv_dtype=kv_dtype), None, 1.0, use))
     return targets
 
 
@@ -165,19 +182,7 @@ def _detail(question: Question) -> list[str]:
     context = question.contexts[0] if len(question.contexts) == 1 else None
     target = question.targets[0]
     plan, policy = target.plan(size, context), target.policy
-    rows = [
-        ("weights", plan.weights_bytes, form),
-        ("cache at first", plan.first_cache_bytes, f"{plan.first_capacity:,} positions"),
-        ("cache, full", plan.cache_bytes, f"{plan.capacity:,} positions"),
-        ("rope table", plan.rope_bytes, ""),
-        ("logits", plan.logits_bytes, ""),
-        ("scratch at first", plan.first_scratch_bytes, "estimate"),
-        ("scratch, full", plan.scratch_bytes, "estimate"),
-        ("all at first", plan.first_bytes, "a short conversation"),
-        ("all, full", plan.full_bytes, f"{plan.context:,} tokens"),
-    ]
-    if plan.growing_cache_bytes:
-        rows.append(("while it grows", plan.growing_bytes, "old and new cache are both there"))
+    rows = _rows(plan, form, target.use.batch)
     width = max(len(f"{nbytes:,}") for _, nbytes, _ in rows)
     lines = _wrapped(
         f"On {policy.device} with a context of {plan.context:,} tokens, keys and values in "
@@ -190,6 +195,33 @@ def _detail(question: Question) -> list[str]:
     if plan.remark:
         lines += _wrapped(f"note: {plan.remark}")
     return [*lines, "", *_verdicts(question, size, context)]
+
+
+def _rows(plan: Plan, form: str, batch: int) -> list[tuple[str, int, str]]:
+    """What, how many bytes, and a remark."""
+    of_each = f"{batch} more caches"
+    rows = [
+        ("weights", plan.weights_bytes, form),
+        ("cache at first", plan.first_cache_bytes, f"{plan.first_capacity:,} positions"),
+        ("cache, full", plan.cache_bytes, f"{plan.capacity:,} positions"),
+        ("batch at first", plan.first_batch_cache_bytes, of_each),
+        ("batch, full", plan.batch_cache_bytes, of_each),
+        ("rope table", plan.rope_bytes, ""),
+        ("logits", plan.logits_bytes, ""),
+        ("scratch at first", plan.first_scratch_bytes, "estimate"),
+        ("scratch, full", plan.scratch_bytes, "estimate"),
+        ("all at first", plan.first_bytes, "short texts" if batch else "a short conversation"),
+        ("all, full", plan.full_bytes, f"{plan.context:,} tokens"),
+        ("while it grows", plan.growing_bytes, "old and new cache are both there"),
+    ]
+    if draft := plan.draft:
+        rows[-3:-3] = [
+            ("draft at first", draft.first_bytes, "all of the model that guesses"),
+            ("draft, full", draft.full_bytes, f"{draft.context:,} tokens"),
+        ]
+    left_out = ["while it grows"] * (not plan.growing_cache_bytes)
+    left_out += ["batch at first", "batch, full"] * (not batch)
+    return [row for row in rows if row[0] not in left_out]
 
 
 def _verdicts(question: Question, size: ModelSize, context: int | None) -> list[str]:
@@ -220,8 +252,8 @@ def _table(question: Question) -> list[str]:
     columns = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     parts = _split(columns, _columns())
     lines = _wrapped(
-        f"On {target.policy.device}, GiB needed at most by context in tokens, keys and values in "
-        f"{target.policy.kv_dtype}:"
+        f"On {target.policy.device}, GiB needed at most by context in tokens{_words(target.use)}, "
+        f"keys and values in {target.policy.kv_dtype}:"
     )
     for part in parts:
         lines.append("")
@@ -234,6 +266,11 @@ def _table(question: Question) -> list[str]:
             *_wrapped(f"* fits in the {_human(target.free_bytes)} of {target.policy.device}"),
         ]
     return lines
+
+
+def _words(use: Use) -> str:
+    batch = f", {use.batch} prompts at once" if use.batch else ""
+    return f"{batch}, with a draft model" if use.draft else batch
 
 
 def _cells(question: Question, target: Target) -> tuple[list[str], list[list[str]]]:
@@ -313,6 +350,8 @@ def _plan_as_json(target: Target, size: ModelSize, context: int | None) -> dict[
         **parts,
         "first_bytes": plan.first_bytes,
         "full_bytes": plan.full_bytes,
+        "draft_first_bytes": plan.draft.first_bytes if plan.draft else 0,
+        "draft_full_bytes": plan.draft.full_bytes if plan.draft else 0,
         "needed_bytes": plan.needed_bytes,
         "scratch_is_estimate": True,
         "fits": target.holds(plan),

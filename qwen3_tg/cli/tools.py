@@ -21,16 +21,20 @@ from qwen3_tg.tools import Tool, Toolbox, ToolError, ToolResult
 
 _QUESTION = "run it? yes, no, or always for {name} [y/n/a] "
 _DECLINED = "the user did not allow this call"
+# where --tool-timeout, --tool-output and --tool-rounds do not say otherwise
+_SECONDS, _OUTPUT_BYTES, _ROUNDS = 30.0, 16384, 10
 
 
 def chat_tools(options: argparse.Namespace) -> ChatTools:
     """The tools of --tools, if any. Raises UsageError before anything is loaded."""
+    seconds = options.tool_timeout
     check_count("--tool-rounds", options.tool_rounds, least=1)
     check_count("--tool-output", options.tool_output, least=1)
-    if not 0 < options.tool_timeout < 1e6:
-        raise UsageError(f"--tool-timeout must be above 0 seconds, found {options.tool_timeout:g}")
-    if options.yes_tools and not options.tools:
-        raise UsageError("--yes-tools has no meaning without --tools FILE")
+    if seconds is not None and not 0 < seconds < 1e6:
+        raise UsageError(f"--tool-timeout must be above 0 seconds, found {seconds:g}")
+    for name in ("yes_tools", "tool_rounds", "tool_output", "tool_timeout"):
+        if getattr(options, name) and not options.tools:
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning without --tools FILE")
     tools = read_tools(options.tools) if options.tools else []
     commands = [tool.name for tool in tools if tool.command]
     if commands and not options.yes_tools and not sys.stdin.isatty():
@@ -38,8 +42,8 @@ def chat_tools(options: argparse.Namespace) -> ChatTools:
             f"the commands of {', '.join(commands)} are confirmed on a terminal, and stdin is none:"
             " --yes-tools runs them unasked"
         )
-    limits = Limits(options.tool_timeout, options.tool_output)
-    return ChatTools(tools, limits, options.tool_rounds, options.yes_tools)
+    limits = Limits(seconds or _SECONDS, options.tool_output or _OUTPUT_BYTES)
+    return ChatTools(tools, limits, options.tool_rounds or _ROUNDS, options.yes_tools)
 
 
 class ChatTools:

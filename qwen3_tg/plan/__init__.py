@@ -6,7 +6,7 @@ meant. Weights and cache are exact to the byte; no tinygrad here.
 """
 
 from qwen3_tg.plan.forms import FORMS, check_form, stored_as
-from qwen3_tg.plan.memory import Plan, largest_context, make_plan
+from qwen3_tg.plan.memory import Plan, Use, largest_context, make_plan
 from qwen3_tg.plan.released import CONFIGS, Released, find_released
 from qwen3_tg.plan.scratch import ModelSize, load_factor, save_factor, scratch_bytes
 from qwen3_tg.plan.source import Source, find_source
@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "Released",
     "Source",
+    "Use",
     "check_form",
     "find_released",
     "find_source",

@@ -69,28 +69,32 @@ class ModelSize:
         )
 
 
-def scratch_bytes(size: ModelSize, policy: Policy, capacity: int, factor: float = 1.0) -> int:
-    """What both graphs hold when the cache has this capacity."""
+def scratch_bytes(
+    size: ModelSize, policy: Policy, capacity: int, factor: float = 1.0, alike: int = 0
+) -> int:
+    """What the graphs of prefill and decode hold when the cache has this capacity, and one of
+    `alike` positions where there is one: of a batch, or to look at guesses."""
     if policy.kernels != "generic":
-        return _own_kernels(size.config, policy.prefill_chunk)
+        return _own_kernels(size.config, policy.prefill_chunk, max(alike, 1))
     one = FLOATS[policy.dtype]
     shares = len(policy.devices)
-    prefill = _phases(size, policy.prefill_chunk, capacity, one, shares)
-    decode = _phases(size, 1, capacity, one, shares)
+    graphs = [
+        _phases(size, S, capacity, one, shares) for S in (policy.prefill_chunk, 1, alike) if S
+    ]
     if shares_scratch(policy.device):
-        return round((max(prefill) + max(decode)) * factor)
+        return round(sum(map(max, graphs)) * factor)
     layers = size.config.num_hidden_layers
-    return round((sum(prefill) + sum(decode)) * layers * factor)
+    return round(sum(map(sum, graphs)) * layers * factor)
 
 
-def _own_kernels(config: ModelConfig, S: int) -> int:
+def _own_kernels(config: ModelConfig, S: int, alike: int) -> int:
     """Exactly what qwen3_tg_cpu takes for S positions at a time, whatever the capacity: scores stay
-    in the processor's cache."""
+    in the processor's cache. Parts of the keys are joined for each of `alike` positions."""
     H, K, Hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     D = config.hidden_size
     stream = 3 * D  # x, with attention added, normed
     heads = (2 * H + 2 * K) * Hd
-    parts = _PARTS * H * (Hd + 2)
+    parts = alike * _PARTS * H * (Hd + 2)
     layers = [config.is_mixture(layer) for layer in range(config.num_hidden_layers)]
     widths, others = [], 0
     if not all(layers):
@@ -100,7 +104,7 @@ def _own_kernels(config: ModelConfig, S: int) -> int:
         widths.append(k * F)
         others = E + 3 * k + 2 * k * D  # router, pairs of position and expert, their rows
         parts += E + 1
-    return _FLOAT32 * (S * (stream + heads + max(widths) + others) + parts)
+    return _FLOAT32 * (max(S, alike) * (stream + heads + max(widths) + others) + parts)
 
 
 def _phases(size: ModelSize, S: int, capacity: int, one: int, shares: int) -> tuple[int, int]:

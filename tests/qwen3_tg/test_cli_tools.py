@@ -326,6 +326,9 @@ class TestChat:
         [
             (["--tools", "FILE"], "confirmed on a terminal, and stdin is none"),
             (["--yes-tools"], "--yes-tools has no meaning without --tools"),
+            (["--tool-timeout", "5"], "--tool-timeout has no meaning without --tools"),
+            (["--tool-output", "500"], "--tool-output has no meaning without --tools"),
+            (["--tool-rounds", "3"], "--tool-rounds has no meaning without --tools"),
             (["--tool-timeout", "0"], "--tool-timeout must be above 0"),
             (["--tool-output", "0"], "--tool-output must be at least 1"),
             (["--tool-rounds", "0"], "--tool-rounds must be at least 1"),

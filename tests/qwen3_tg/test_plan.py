@@ -48,6 +48,7 @@ from qwen3_tg.plan import (
     FORMS,
     ModelSize,
     Source,
+    Use,
     find_released,
     find_source,
     largest_context,
@@ -164,6 +165,50 @@ def test_all_is_planned_to_a_kilobyte_for_fast_kernels(
     list(llm.generate_ids([3] * 40, max_new_tokens=2, stop_ids=()))
     found, planned = usage.taken_bytes(llm) - before, usage.plan_of(llm).first_bytes
     assert 0 <= found - planned < 4096  # ids, positions, and the like
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_a_batch_is_planned_to_a_kilobyte_for_fast_kernels(moe: bool, tmp_path: Path) -> None:
+    path = written("bfloat16 shards", moe, tmp_path, max_position_embeddings=2100)
+    before = usage.allocated_bytes("CPU")
+    llm = qwen3_tg.load(str(path))
+    list(llm.generate_ids([3] * 40, max_new_tokens=2, stop_ids=()))
+    slots = llm.slots(3)
+    taken = [slots.start([3, 4, 5])[0] for _ in range(3)]
+    slots.step(dict.fromkeys(taken, 6))
+    size = ModelSize.of(llm.config, llm.checkpoint.weights)
+    planned = make_plan(size, llm.policy, None, use=Use(batch=3))
+    assert 0 <= usage.taken_bytes(llm) - before - planned.first_bytes < 4096
+    for cache in (llm._engine._cache, *slots._caches):
+        cache.grow(cache.limit)
+    now = sum(llm._engine.cache_bytes(cache) for cache in (llm._engine._cache, *slots._caches))
+    assert now == planned.cache_bytes + planned.batch_cache_bytes
+    assert planned.batch_cache_bytes == 3 * cache_bytes(llm.config, 2101, "float16")
+    assert planned.needed_bytes > planned.full_bytes + cache_bytes(llm.config, 2048, "float16") - 1
+
+
+def test_a_draft_model_is_planned_to_a_kilobyte_for_fast_kernels(tmp_path: Path) -> None:
+    path = written("bfloat16 shards", False, tmp_path / "model", max_position_embeddings=3000)
+    small = written("GGUF Q8_0", False, tmp_path, max_position_embeddings=9000)
+    before = usage.allocated_bytes("CPU")
+    llm = qwen3_tg.load(str(path), draft=str(small))
+    assert llm.draft and llm.draft.context == 3000
+    generation = llm.generate_ids([3] * 40, max_new_tokens=30, stop_ids=())
+    list(generation)
+    assert generation.speculation and generation.speculation.guessed
+    size, draft = (ModelSize.of(m.config, m.checkpoint.weights) for m in (llm, llm.draft))
+    planned = make_plan(size, llm.policy, None, use=Use(draft=draft))
+    assert 0 <= usage.taken_bytes(llm) - before - planned.first_bytes < 8192
+    for cache in (llm._engine._cache, llm.draft._engine._cache):
+        cache.grow(cache.limit)
+    assert planned.draft and llm.draft.cache_capacity == planned.draft.capacity
+
+
+def test_a_draft_made_for_less_than_the_context_keeps_to_that() -> None:
+    config = CONFIGS["Qwen3-0.6B"]
+    size = ModelSize.of(config, stored_as(config, "bf16"))
+    planned = make_plan(size, devices.imagined(), 100_000, use=Use(draft=size))
+    assert planned.draft and planned.draft.context == 40_960
 
 
 def test_all_parts_together_are_what_is_allocated_after_a_reply(tmp_path: Path) -> None:
@@ -293,23 +338,31 @@ def test_other_names_are_none_of_them(typed: str) -> None:
     assert find_released(typed) is None
 
 
+SMALLEST = ModelSize.of(CONFIGS["Qwen3-0.6B"], stored_as(CONFIGS["Qwen3-0.6B"], "bf16"))
+USES = {"alone": Use(), "batch": Use(batch=4), "draft": Use(draft=SMALLEST)}
+in_every_use = pytest.mark.parametrize("use", USES.values(), ids=USES)
+
+
+@in_every_use
 @pytest.mark.parametrize("memory_gib", [8, 17.7, 24, 62, 100, 1000])
 @pytest.mark.parametrize("name", ["Qwen3-8B", "Qwen3-30B-A3B", "Qwen3-4B-Instruct-2507"])
-def test_the_largest_context_fits_and_one_more_token_does_not(name: str, memory_gib: float) -> None:
+def test_the_largest_context_fits_and_one_more_token_does_not(
+    name: str, memory_gib: float, use: Use
+) -> None:
     config, memory = CONFIGS[name], int(memory_gib * 2**30)
     size, policy = ModelSize.of(config, stored_as(config, "q8_0")), devices.imagined(memory)
-    found = largest_context(size, policy, memory)
+    found = largest_context(size, policy, memory, use=use)
     if found:
-        assert make_plan(size, policy, found).needed_bytes <= memory
+        assert make_plan(size, policy, found, use=use).needed_bytes <= memory
     if found < config.longest_context:
-        assert make_plan(size, policy, found + 1).needed_bytes > memory
+        assert make_plan(size, policy, found + 1, use=use).needed_bytes > memory
 
 
-def test_needed_bytes_never_fall_with_the_context() -> None:
-    config = CONFIGS["Qwen3-0.6B"]
-    size, policy = ModelSize.of(config, stored_as(config, "bf16")), devices.choose("CPU")
+@in_every_use
+def test_needed_bytes_never_fall_with_the_context(use: Use) -> None:
+    policy = devices.choose("CPU")
     contexts = [n + d for n in range(1000, 50_000, 1024) for d in (-17, -16, -15, 0, 1)]
-    needed = [make_plan(size, policy, n).needed_bytes for n in sorted(contexts)]
+    needed = [make_plan(SMALLEST, policy, n, use=use).needed_bytes for n in sorted(contexts)]
     assert needed == sorted(needed)
 
 
@@ -460,6 +513,21 @@ class TestCommand:
             one[f"{part}_bytes"] for part in ("weights", "cache", "rope", "logits", "scratch")
         )
 
+    def test_of_a_batch_and_of_a_draft_model(self, capsys: pytest.CaptureFixture[str]) -> None:
+        alone = "Qwen3-8B --quant q8_0 --context 4096 --memory 48GB"
+        plain = self.run(capsys, alone)
+        assert "draft" not in plain and "batch" not in plain
+        out = self.run(capsys, f"{alone} --batch 8")
+        assert re.search(r"^  batch, full +[\d,]+ +4\.5 GiB  8 more caches$", out, re.MULTILINE)
+        out = self.run(capsys, f"{alone} --draft Qwen3-0.6B-GGUF:Q8_0")
+        assert re.search(r"^  draft, full +[\d,]+ .* 4,096 tokens$", out, re.MULTILINE)
+        (on,) = json.loads(self.run(capsys, f"{alone} --json --draft Qwen3-0.6B"))["devices"]
+        (one,) = on["formats"][0]["plans"]
+        parts = ("weights", "cache", "rope", "logits", "scratch", "draft_full")
+        assert one["full_bytes"] == sum(one[f"{part}_bytes"] for part in parts)
+        assert "8 prompts at once" in self.run(capsys, "Qwen3-8B --memory 48GB --batch 8")
+        assert "with a draft model" in self.run(capsys, "Qwen3-8B --memory 48GB --draft Qwen3-0.6B")
+
     def test_a_narrow_terminal_gets_the_table_in_parts(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -487,6 +555,9 @@ class TestCommand:
             ("Qwen3-8B --quant ,", "--quant names no quantisation", 2),
             ("Qwen3-8B --context 0", "--context must be a number of tokens", 2),
             ("Qwen3-8B --context many", "--context must be a number of tokens", 2),
+            ("Qwen3-8B --batch 0", "--batch must be at least 1", 2),
+            ("Qwen3-8B --batch 2 --draft Qwen3-0.6B", "one prompt at a time, not for --batch", 2),
+            ("Qwen3-8B --draft tiny", "the draft model tiny has a vocabulary of 800 ids", 2),
             ("Qwen3-8B --memory lots", "--memory must be a size such as 24GB", 2),
             ("Qwen3-8B --memory 0", "--memory must be a size such as 24GB", 2),
             ("Qwen3-8B --memory 8GB --context 200000", "context must be from 1 to 131072", 2),
