@@ -10,9 +10,9 @@ _SAMPLE = 16  # numbers at either end of an array
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Changes with the config's YaRN, and with name, format, shape, settings, first and last
-    numbers of any weight; not with the place or the name of the files."""
-    found = hashlib.sha256(repr(checkpoint.config.yarn).encode())
+    """Changes with the config, and with name, format, shape, settings, first and last numbers of
+    any weight; not with the place or the name of the files."""
+    found = hashlib.sha256(repr(checkpoint.config).encode())
     for name, weight in sorted(checkpoint.weights.items()):
         found.update(
             f"{name} {weight.format} {weight.shape} {sorted(weight.params.items())}".encode()

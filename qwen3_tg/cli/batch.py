@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 from qwen3_tg import device as devices
 from qwen3_tg import usage
 from qwen3_tg.batch import Answer, Batch, Request
-from qwen3_tg.checkpoint import fingerprint, open_checkpoint
+from qwen3_tg.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from qwen3_tg.cli import settings, terminal
 from qwen3_tg.cli.batch_files import Answers, Line, has_system, read_lines
 from qwen3_tg.cli.generate import check_sampling, choose_sampling, load_model, sampling_of
@@ -71,6 +72,7 @@ def _about(options: argparse.Namespace) -> str:
     _, context, _ = checkpoint.config.with_context(options.context)
     about = {
         "model": fingerprint(checkpoint),
+        "tokenizer": _tokenizer_hash(checkpoint),
         "chat template": checkpoint.chat_template,
         "advice": repr(checkpoint.generation),
         "types": [policy.dtype, policy.kv_dtype, policy.kernels],
@@ -84,6 +86,14 @@ def _about(options: argparse.Namespace) -> str:
         ],
     }
     return json.dumps(about, sort_keys=True)
+
+
+def _tokenizer_hash(checkpoint: Checkpoint) -> str | None:
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        return None
+    text = tokenizer.encode() if isinstance(tokenizer, str) else tokenizer.read_bytes()
+    return hashlib.sha256(text).hexdigest()
 
 
 def _answer(

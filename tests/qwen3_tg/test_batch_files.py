@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 
+import qwen3_tg
 from qwen3_tg.cli import main
 from qwen3_tg.errors import DeviceError
 
+TINY = Path(qwen3_tg.__file__).parent / "tiny"
 SUMS = [(37, 85), (5, 6), (12, 5), (123, 456), (7, 8), (41, 9), (99, 1), (20, 30)]
 
 
@@ -269,6 +272,21 @@ def test_answers_of_other_options_are_not_mixed(
     assert run(*options) == 2
     assert "--output out.jsonl, line 1 answers another prompt" in capfd.readouterr().err
     assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "config.json"])
+def test_nor_are_those_of_a_model_whose_text_side_or_shape_changed(
+    folder: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    ask(*sums(1))
+    shutil.copytree(TINY, "model")
+    assert run("--model", "model") == 0
+    file = Path("model", name)
+    changed = {"rope_theta": 10_001.0} if name == "config.json" else {}
+    text = file.read_text(encoding="utf-8")
+    file.write_text(json.dumps(json.loads(text) | changed) if changed else text + "\n")
+    assert run("--model", "model") == 2
+    assert "--output out.jsonl, line 1 answers another prompt" in capfd.readouterr().err
 
 
 def test_a_default_that_is_named_changes_nothing(folder: Path) -> None:

@@ -125,7 +125,7 @@ def test_another_model_is_refused(llm: LLM) -> None:
         replay(other, recorded(llm, max_new_tokens=1))
 
 
-def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_weights_and_config_and_not_of_the_place(tmp_path: Path) -> None:
     names = ["untied_bfloat16", "tied_float32", "moe_bfloat16"]
     found = [fingerprint(open_checkpoint(str(GOLDEN / name))) for name in names]
     assert len(set(found)) == 3
@@ -138,7 +138,11 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(tmp_path: Path) 
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert fingerprint(open_checkpoint(str(copy))) != found[0]
+    changed = fingerprint(open_checkpoint(str(copy)))
+    assert changed != found[0]
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert fingerprint(open_checkpoint(str(copy))) not in (changed, found[0])
 
 
 @pytest.mark.parametrize(
