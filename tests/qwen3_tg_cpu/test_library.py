@@ -15,6 +15,7 @@ import pytest
 from conftest import FLOAT32_TOLERANCE, assert_close
 from qwen3_tg_cpu import library
 from tinygrad.helpers import GlobalCounters
+from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 from tinygrad.runtime.support.elf import jit_loader
 
@@ -110,10 +111,11 @@ def test_two_threads_of_a_core_count_once(
 )
 def test_other_processors_code_can_be_loaded_by_tinygrad(arch: str, cpu: str) -> None:
     """Compiled and linked for them, not run."""
-    libc = ctypes.CDLL(None)
-    near = ctypes.cast(libc.malloc, ctypes.c_void_p).value  # where it is loaded, on x86
+    libs = [CPUProgram.libm, CPUProgram.rt_lib]
+    # Loaded near libc, on x86. Not malloc from CDLL(None): some Pythons have an entry of their own.
+    near = ctypes.cast(CPUProgram.libm.malloc, ctypes.c_void_p).value
     program = ClangCompiler([arch, cpu]).compile(library.source())
-    code = jit_loader(program, base=near if arch == "x86_64" else 0, link_libs=[libc])
+    code = jit_loader(program, base=near if arch == "x86_64" else 0, link_libs=libs)
     assert len(code) > 50_000
 
 
