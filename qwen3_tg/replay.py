@@ -110,7 +110,7 @@ class Recording:
             settings = dict(raw["sampling"])
             settings["logit_bias"] = {id: float(bias) for id, bias in settings["logit_bias"]}
             tokens = raw["tokens"]
-            return Recording(
+            recording = Recording(
                 str(raw["model"]),
                 str(raw["fingerprint"]),
                 {str(k): str(v) for k, v in raw["computed"].items()},
@@ -125,8 +125,29 @@ class Recording:
                     if "logits" in token
                 },
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise UsageError(f"{path}: damaged: {type(e).__name__} {e}") from None
+        if problem := recording.problem():
+            raise UsageError(f"{path}: damaged: {problem}")
+        return recording
+
+    def problem(self) -> str:
+        """What it cannot have been recorded with, in words, or ""."""
+        if not self.prompt or self.context < 1:
+            return "no prompt, or no context"
+        if min(self.all_ids) < 0:
+            return f"{min(self.all_ids)} is no token id"
+        kept = [logit for best in self.logits.values() for logit in best.values()]
+        if not all(map(math.isfinite, kept)):
+            return "logits that are no numbers"
+        if any(not best for best in self.logits.values()) or not kept:
+            return "tokens that were drawn without logits"
+        return ""
+
+    @property
+    def all_ids(self) -> set[int]:
+        """Of all tokens in it."""
+        return {*self.prompt, *self.new, *(id for best in self.logits.values() for id in best)}
 
 
 @dataclass(frozen=True)
@@ -145,9 +166,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replay:
-    """`apart` is the largest difference of a logit, at the token `apart_at`; `rounding` is the most
-    that rounding makes, and `first_apart` the first token whose logits are farther apart, if any,
-    whether another one was drawn there or not."""
+    """`tokens` are those that were drawn and are compared. `apart` is the largest difference of a
+    logit, at the token `apart_at`; `rounding` is the most that rounding makes, and `first_apart`
+    the first token whose logits are farther apart, if any, whether another one was drawn there or
+    not."""
 
     tokens: int
     differences: tuple[Difference, ...]
@@ -172,11 +194,17 @@ def replay(
 ) -> Replay:
     """Go through a recording with a model. `on_token` is told how many are done, and of how many.
 
-    Raises CheckpointError for another model, ContextError where it does not fit."""
+    Raises CheckpointError for another model, ContextError where it does not fit, UsageError for ids
+    that the model has not."""
     if (found := fingerprint(llm.checkpoint)) != recording.fingerprint:
         raise CheckpointError(
             f"the recording is of another model: {recording.model}, fingerprint "
             f"{recording.fingerprint}; this is {llm.checkpoint.path}, {found}"
+        )
+    if (largest := max(recording.all_ids)) >= llm.config.vocab_size:
+        raise UsageError(
+            f"the recording is damaged: it has the token id {largest}, and the model only "
+            f"{llm.config.vocab_size} tokens"
         )
     seen, ids = Seen(recording.prompt), list(recording.prompt)
     aparts, size = dict[int, float](), 0.0
@@ -199,7 +227,7 @@ def replay(
     judged = tuple(replace(one, is_real=one.apart > rounding) for one in others)
     at = max(aparts, key=lambda n: aparts[n])
     first = next((n for n, apart in aparts.items() if apart > rounding), None)
-    return Replay(len(recording.new), judged, aparts[at], at, rounding, first)
+    return Replay(len(aparts), judged, aparts[at], at, rounding, first)
 
 
 def _rounding(one: dict[str, str], other: dict[str, str], layers: int, size: float) -> float:

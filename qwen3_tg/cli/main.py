@@ -19,6 +19,9 @@ from typing import Any
 from qwen3_tg.cli import arguments
 from qwen3_tg.errors import Qwen3Error, UsageError
 
+# Commands whose 1 says that something was found wrong, and not that nothing could be found.
+_VERDICTS = (["check"], ["replay"])
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run `qwen3` with these arguments (by default the process's); the exit code."""
@@ -61,7 +64,7 @@ def _run_and_report(argv: list[str], stdout_is_closed: bool) -> int:
         if "--debug" in argv:
             traceback.print_exc()
         print(f"error: {_message(e)}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) or argv[:1] == ["check"] else 1
+        return 2 if isinstance(e, UsageError) or argv[:1] in _VERDICTS else 1
 
 
 def _note(message: Warning | str, *where: object) -> None:

@@ -15,7 +15,7 @@ _WRONG = 1  # exit code
 
 
 def run(options: argparse.Namespace) -> int:
-    """1 where the logits really differ."""
+    """1 where the logits really differ; what cannot be compared raises."""
     recording = Recording.load(Path(options.file))
     with terminal.loading() as on_progress:
         llm = load(
@@ -49,6 +49,8 @@ def _lines(llm: LLM, recording: Recording, found: Replay) -> list[str]:
         *(_line(llm, one) for one in found.differences),
         f"tokens    {found.tokens}: {same} the same, {near} near ties, {real} really different",
     ]
+    if inserted := len(recording.new) - found.tokens:
+        lines.append(f"inserted  {inserted} tokens, such as what closes the thinking: not drawn")
     if bound := len(recording.bound):
         lines.append(f"bound     {bound} tokens, by a grammar or the loop guard: logits compared")
     verdict = "the same, but for near ties" if near else "the same"

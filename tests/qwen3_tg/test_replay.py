@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,55 @@ def test_a_file_that_is_no_recording_is_refused(text: str, says: str, tmp_path: 
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(UsageError, match=says):
         Recording.load(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw["tokens"][2].update(id=-3), "-3 is no token id"),
+        (lambda raw: raw["tokens"][2].update(id=99_999), "token id 99999, and the model only 800"),
+        (lambda raw: raw["prompt"].append(800), "token id 800, and the model only 800"),
+        (lambda raw: raw["tokens"][1]["logits"].append([801, 0.0]), "token id 801"),
+        (lambda raw: raw["tokens"][1].update(logits=[[5, math.nan]]), "logits that are no numbers"),
+        (lambda raw: raw["tokens"][1].update(logits=[]), "drawn without logits"),
+        (lambda raw: [token.pop("logits") for token in raw["tokens"]], "drawn without logits"),
+        (lambda raw: raw.update(prompt=[]), "no prompt"),
+        (lambda raw: raw.update(context=math.inf), "OverflowError"),
+        (lambda raw: raw.update(context=10), "do not fit in the context of 10"),
+        (lambda raw: raw.update(model="/no/such/model"), "no such directory"),
+        (lambda raw: raw.update(fingerprint="x"), "the recording is of another model"),
+    ],
+)
+def test_what_cannot_be_compared_is_neither_right_nor_wrong(
+    llm: LLM,
+    change: Callable[[dict[str, Any]], object],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "r.json"
+    recorded(llm, max_new_tokens=4).save(file)
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+    assert main(["replay", str(file)]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("error: ") and says in line
+
+
+def test_tokens_that_were_put_in_are_not_counted_as_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    file = str(tmp_path / "r.json")
+    assert main(["--record", file, "--thinking-budget", "3", "What is 37 + 85?"]) == 0
+    raw = json.loads(Path(file).read_text())
+    drawn = sum("logits" in token for token in raw["tokens"])
+    assert main(["replay", file]) == 0
+    out = capsys.readouterr().out
+    assert f"tokens    {drawn}: {drawn} the same" in out
+    assert f"inserted  {len(raw['tokens']) - drawn} tokens" in out
 
 
 def test_no_other_file_is_written_over_by_a_recording(
