@@ -85,8 +85,11 @@ class Listing:
 
 
 def full_name(typed: str) -> str:
-    """A bare name means one of Qwen's."""
-    return typed if "/" in typed else f"Qwen/{typed}"
+    """A bare name means one of Qwen's. Those are found whatever the capitals, and as ollama names
+    them: qwen3:8b."""
+    whole = typed if "/" in typed else f"Qwen/{typed}"
+    known = {name.lower(): name for name in FAMILY}
+    return known.get(whole.lower().replace("/qwen3:", "/qwen3-"), whole)
 
 
 def near_names(name: str) -> list[str]:

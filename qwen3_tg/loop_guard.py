@@ -64,9 +64,8 @@ class LoopGuard:
         if not cycle:
             return ""
         self._cycles = Cycles()
-        what = (
-            f"{len(cycle)} tokens repeat themselves in the {'thinking' if thinking else 'answer'}"
-        )
+        tokens = f"{len(cycle)} tokens repeat" if len(cycle) > 1 else "1 token repeats"
+        what = f"{tokens} in the {'thinking' if thinking else 'answer'}"
         if thinking not in self._warned:
             self._warned.add(thinking)
             self._on_notice(f"{what}: they are made unlikely for {PENALISED} tokens")

@@ -19,6 +19,7 @@ before, not on how many draws came before.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,14 +76,20 @@ class Sampling:
                 raise UsageError(f"logit_bias of {id} must be a number or -inf, found {bias!r}")
 
     def another(self, number: int) -> Sampling:
-        """For the number-th of several answers with one seed: the same, with random numbers far
-        from those of any other seed that a user gives."""
-        return replace(self, seed=(self.seed + number * 2**64) % 2**128)
+        """For the number-th of several answers with one seed, from 0 on: the same with a seed of
+        its own, which JSON's numbers hold exactly in every program."""
+        return replace(self, seed=self._other_seed("answer", number))
 
     def next_turn(self, number: int) -> Sampling:
-        """For the number-th turn of one answer that calls tools: the same, and far from those of
-        `another`."""
-        return replace(self, seed=(self.seed + number * 2**96) % 2**128)
+        """The same for the number-th turn of one answer that calls tools."""
+        return replace(self, seed=self._other_seed("turn", number))
+
+    def _other_seed(self, kind: str, number: int) -> int:
+        """Of 53 bits, as any other by chance; the seed itself for number 0."""
+        if number == 0:
+            return self.seed
+        text = f"{self.seed} {kind} {number}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 11
 
 
 class Seen:

@@ -28,6 +28,8 @@ def locate(model: str) -> Path:
     if looks_like_path or not model:
         raise CheckpointError(f"{model!r}: no such directory; give a folder that has config.json")
     name, _, kind = model.partition(":")
+    if name.lower() == "qwen3":  # ollama's spelling, such as qwen3:8b
+        name, kind = model, ""
     return _in_cache(full_name(name), kind, model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,9 @@ COMMANDS = {
     "tune": "tune:tune",
     "replay": "replay:run",
 }
+# Of other programs of this kind.
+_NO_COMMANDS = ("help", "version", "serve", "run", "list", "ls", "show", "rm", "ps", "models")
+_FILES = ("session", "tools", "record", "draft", "json_schema", "grammar", "input", "output")
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
 
@@ -62,13 +66,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     named = bool(argv) and argv[0] in COMMANDS
     options = _parser(argv[0] if named else None).parse_args(argv[1:] if named else argv)
     options.command = argv[0] if named else "generate"
+    for name in _FILES:
+        if getattr(options, name, None) == "":  # such as a variable of a shell that is not set
+            raise UsageError(f"--{name.replace('_', '-')} must not be empty")
     if not named and len(options.prompt) == 1 and options.prompt[0] in COMMANDS:
         word = options.prompt[0]
         raise UsageError(
             f"the command comes first: qwen3 {word} [options]; "
             f"to send the word itself as a prompt: qwen3 generate {word}"
         )
+    options.looks_like_a_command = not named and _looks_like_a_command(options.prompt)
     return options
+
+
+def _looks_like_a_command(prompt: list[str]) -> bool:
+    """Whether it begins with a word of another program, or with one of ours mistyped."""
+    if not prompt or len(prompt) > 2:
+        return False
+    known = prompt[0] in _NO_COMMANDS
+    return known or bool(difflib.get_close_matches(prompt[0], COMMANDS, n=1, cutoff=0.8))
 
 
 def read_text(words: list[str], keep_end: bool = False) -> str:
@@ -335,7 +351,9 @@ def _add_chat(parser: _Parser) -> None:
         "turns, but not the system message",
     )
     talk.add_argument(
-        "--session", metavar="FILE", help="go on with it if it is there; keep it after every turn"
+        "--session",
+        metavar="FILE",
+        help="go on with it and its settings if it is there; keep it after every turn",
     )
     talk.add_argument(
         "--plain", action="store_true", help="show text as it comes: no Markdown, no folding"

@@ -62,9 +62,8 @@ def _what(options: argparse.Namespace, needed: int) -> dict[str, Any]:
     context = options.context or (needed if options.shape else None)
     _, longest, _ = config.with_context(context)
     if needed > longest:
-        raise UsageError(
-            f"{needed} tokens do not fit in the context of {longest}; --context {needed}"
-        )
+        todo = f"; --context {needed}" if needed <= config.longest_context else ""
+        raise UsageError(f"{needed} tokens do not fit in the context of {longest}{todo}")
     keys = ("device", "dtype", "kv_dtype", "kernels", "threads", "shape")
     what = {key: getattr(options, key) for key in keys}
     return what | {

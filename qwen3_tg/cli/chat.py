@@ -22,8 +22,8 @@ from qwen3_tg.reply import END_THINK
 from qwen3_tg.reply_loop import BUDGET_SPENT
 
 
-def chat(options: argparse.Namespace) -> None:
-    """Load the model and talk until the input ends."""
+def chat(options: argparse.Namespace) -> int:
+    """Load the model and talk until the input ends. 1 where an error was told in a pipe."""
     check_sampling(options)
     options.constraint = read_constraint(options)
     tools = chat_tools(options)
@@ -56,6 +56,7 @@ def chat(options: argparse.Namespace) -> None:
                 _read_lines(conversation, keeper)
     finally:
         keeper.leave()
+    return 1 if conversation.problems and not sys.stdin.isatty() else 0
 
 
 def _talk(conversation: Conversation, keeper: Keeper, keep_history: bool) -> None:
@@ -71,7 +72,7 @@ def _talk(conversation: Conversation, keeper: Keeper, keep_history: bool) -> Non
                 is_message = keyboard.is_quoted(typed) or not commands.obey(text)
                 if is_message and text.strip() and not conversation.ask(text):
                     terminal.note("(not kept; /regen asks it again, /edit changes it)")
-                _keep(keeper)
+                _keep(conversation, keeper)
         except KeyboardInterrupt:  # outside of an answer, such as while a file is read
             terminal.note("(stopped)")
 
@@ -81,14 +82,16 @@ def _read_lines(conversation: Conversation, keeper: Keeper) -> None:
     while (line := read()) is not None:
         if not commands.obey(line) and line.strip():
             conversation.ask(line)
-        _keep(keeper)
+        _keep(conversation, keeper)
+        if conversation.stopped and not sys.stdin.isatty():  # nobody is there to go on with it
+            raise KeyboardInterrupt
 
 
-def _keep(keeper: Keeper) -> None:
+def _keep(conversation: Conversation, keeper: Keeper) -> None:
     try:
         keeper.after_a_turn()
     except UsageError as e:
-        terminal.note(f"error: {e}; /save FILE keeps it elsewhere")
+        conversation.tell(f"error: {e}; /save FILE keeps it elsewhere")
 
 
 def _counter(llm: LLM) -> Callable[[str], int]:

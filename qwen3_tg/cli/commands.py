@@ -53,7 +53,7 @@ class Commands:
         word, argument = found
         command = COMMANDS.get(word)
         if command is None:
-            terminal.note(
+            self._talk.tell(
                 f"unknown command {word!r}; /help lists them; with a space before it, it is sent"
             )
             return True
@@ -62,7 +62,7 @@ class Commands:
                 raise UsageError(f"{word} stands alone, found {argument!r} after it")
             command.run(self, argument)
         except (Qwen3Error, OSError, RuntimeError) as e:  # the conversation is worth more
-            terminal.note(f"error: {e}")
+            self._talk.tell(f"error: {e}")
         return True
 
     def _help(self, argument: str) -> None:
@@ -155,7 +155,9 @@ class Commands:
             terminal.note("(there is nothing to forget)")
             return
         self._talk.clear()
-        terminal.note("(forgotten) /undo brings it back")
+        kept = self._keeper.kept_in
+        there = f" in {kept}, too" if kept else ""
+        terminal.note(f"(forgotten{there}; /undo brings it back)")
 
     def _save(self, argument: str) -> None:
         force, _, name = argument.partition(" ")
@@ -189,7 +191,10 @@ class Commands:
     def _stats(self, argument: str) -> None:
         talk = self._talk
         used, context = talk.used_tokens(), talk.llm.context
-        terminal.note(f"context: {used:,} of {context:,} tokens used, {context - used:,} left")
+        terminal.note(
+            f"context: {used:,} of {context:,} tokens used as the next turn finds it, "
+            f"{context - used:,} left"
+        )
         if (kept := talk.llm.kept)[0]:
             terminal.note(terminal.kept(*kept))
         questions = sum(message["role"] == "user" for message in talk.messages)

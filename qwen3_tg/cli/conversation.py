@@ -54,6 +54,8 @@ class Conversation:
         self.draws = 0  # answers so far with this seed, also those that were taken back
         self.ends: list[End] = []  # of all whole answers
         self.thinking = ""  # of the last answer
+        self.stopped = False  # the last answer, with Ctrl-C
+        self.problems = 0  # errors that were told
         self._random_seed = secrets.randbits(32)
         self._question: Question | None = None
         # by clear() or load(), for undo(), with what else is to be put back
@@ -73,6 +75,11 @@ class Conversation:
     @property
     def thinks(self) -> bool:
         return bool(self.options.thinking != "off")
+
+    def tell(self, problem: str) -> None:
+        """Note what went wrong, and that something did."""
+        self.problems += 1
+        terminal.note(problem)
 
     def ask(self, text: str) -> bool:
         """Answer a message. Stopped with Ctrl-C, what was answered so far is kept; after an error
@@ -156,12 +163,14 @@ class Conversation:
         try:
             messages = self._fitting(whole) if self.options.overflow == "shift" else whole
         except ContextError as e:
-            terminal.note(f"error: {e}")
+            self.tell(f"error: {e}")
             return False
-        printer = ToolPrinter(lambda: self._printer(self.seed))
         sampling = replace(sampling_of(self.options, self.llm), seed=self.seed).another(self.draws)
+        printer = ToolPrinter(lambda turn: self._printer(sampling.next_turn(turn).seed))
         self.draws += 1
-        said = perform(self.llm, messages, sampling, self.options, printer, self._tools)
+        turn = perform(self.llm, messages, sampling, self.options, printer, self._tools)
+        self.problems, self.stopped = self.problems + turn.has_failed, turn.is_stopped
+        said = turn.messages
         self.thinking = printer.thinking
         self.ends += printer.ends
         if len(said) == len(messages):

@@ -49,6 +49,9 @@ def generate(options: argparse.Namespace) -> None:
     prompt = read_text(options.prompt, keep_end=options.raw)
     if not prompt.strip():
         raise UsageError('the prompt is empty: qwen3 "a question", or qwen3 chat to talk')
+    if options.looks_like_a_command:
+        word = options.prompt[0]
+        terminal.note(f"note: {word!r} is no command (see: qwen3 --help) and is sent as a prompt")
     llm = load_model(options)
     sampling = choose_sampling(options, llm)
     if options.n > 1 and sampling.temperature == 0:
@@ -135,6 +138,8 @@ def _answer(
     finally:
         if recording and recording.new:
             recording.save(Path(options.record))
+    if printer.unanswered and not options.raw:
+        raise UnfinishedError(printer.unanswered)
 
 
 def load_model(options: argparse.Namespace) -> LLM:

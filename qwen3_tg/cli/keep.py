@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from qwen3_tg.cli import session, settings, terminal
@@ -28,17 +29,22 @@ class Keeper:
         """For --session: load the file if it is there, and keep it up to date from now on. What
         the command line says goes before what the file says. Raises UsageError."""
         path, options = _path(name), self._talk.options
-        said = settings.given(options) | ({"system": options.system} if options.system else {})
         if _exists(path):
-            self._take(session.read(path), path)
+            found = session.read(path)
+            chosen = {**found.settings, **settings.given(options)}
+            found = replace(found, system=options.system or found.system, settings=chosen)
+            self._take(found, path)
             self._computed.load(path)
-            for setting, value in said.items():
-                setattr(options, setting, value)
         else:
             self._computed.check(path)
             terminal.note(f"(the conversation is kept in {path})")
         self._path, self._always = path, True
         self._write(path)  # an unwritable place is found now, not after an answer
+
+    @property
+    def kept_in(self) -> Path | None:
+        """The file that every change goes to, if there is one."""
+        return self._path if self._always else None
 
     def after_a_turn(self) -> None:
         """To call after whatever may have changed the conversation."""
@@ -106,6 +112,8 @@ class Keeper:
         self._take(found, path, restore)
         self._computed.load(path)
         self._path, self._kept, self._written = path, self._now(), _stamp(path)
+        if self._always and path != former:
+            terminal.note(f"(from now on it is kept there, and {former} stays as it is)")
 
     def _take(self, found: Session, path: Path, restore: Callable[[], None] | None = None) -> None:
         talk = self._talk

@@ -20,6 +20,11 @@ _Shown = TypeVar("_Shown")
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 # What a model writes can be anything, and a terminal obeys control characters: none but tab and
 # line break reach it.
+_NO_ANSWER = {
+    "context": "no answer: the context was full before it began; --context N makes it larger",
+    "length": "no answer: --max-new-tokens ended it before it began",
+    "loop": "no answer: it repeated itself before it began",
+}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -55,6 +60,11 @@ class ReplyPrinter:
             self._is_answering = True
             self.text += text
             self.show_text(text)
+
+    @property
+    def unanswered(self) -> str:
+        """Why there is no answer, where something ended the reply before there was one; or ""."""
+        return "" if self.text.strip() else _NO_ANSWER.get(self.reason, "")
 
     def finish(self) -> None:
         """End the line, whether the reply is whole or was interrupted."""
@@ -243,13 +253,14 @@ def wrapped(text: str, columns: int) -> list[str]:
 
 
 def dim(line: str) -> str:
-    """With the codes around it, for a terminal that shows them."""
-    return f"{_DIM}{line}{_RESET}" if line and obeys_codes() else line
+    """With the codes around it, for a terminal that shows them and a user who wants them."""
+    wished = not os.environ.get("NO_COLOR")  # no-color.org
+    return f"{_DIM}{line}{_RESET}" if line and wished and obeys_codes() else line
 
 
 def obeys_codes() -> bool:
-    """Whether it is wished and likely that a terminal shows colours and moves its cursor."""
-    return os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
+    """Whether it is likely that a terminal shows colours and moves its cursor."""
+    return os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _write(stream: TextIO, text: str, is_dim: bool = False) -> None:

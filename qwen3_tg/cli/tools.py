@@ -21,6 +21,7 @@ from qwen3_tg.tools import Tool, Toolbox, ToolError, ToolResult
 
 _QUESTION = "run it? yes, no, or always for {name} [y/n/a] "
 _DECLINED = "the user did not allow this call"
+_SHOWN_LINES, _SHOWN_LETTERS = 20, 2000
 # where --tool-timeout, --tool-output and --tool-rounds do not say otherwise
 _SECONDS, _OUTPUT_BYTES, _ROUNDS = 30.0, 16384, 10
 
@@ -31,7 +32,9 @@ def chat_tools(options: argparse.Namespace) -> ChatTools:
     check_count("--tool-rounds", options.tool_rounds, least=1)
     check_count("--tool-output", options.tool_output, least=1)
     if seconds is not None and not 0 < seconds < 1e6:
-        raise UsageError(f"--tool-timeout must be above 0 seconds, found {seconds:g}")
+        raise UsageError(
+            f"--tool-timeout must be above 0 seconds and below 1,000,000, found {seconds:g}"
+        )
     for name in ("yes_tools", "tool_rounds", "tool_output", "tool_timeout"):
         if getattr(options, name) and not options.tools:
             raise UsageError(f"--{name.replace('_', '-')} has no meaning without --tools FILE")
@@ -135,12 +138,21 @@ def _readable(word: str) -> str:
     return shlex.quote(word) if word.isprintable() else f"${word!a}"
 
 
+def _beginning(text: str) -> str:
+    """As much of a result as one reads; the model gets all of it."""
+    lines = text[:_SHOWN_LETTERS].split("\n")[:_SHOWN_LINES]
+    shown = "\n".join(lines)
+    left = len(text) - len(shown)
+    return f"{shown} ... ({left:,} more letters, for the model)" if left else text
+
+
 class ToolPrinter:
     """Shows all turns of an answer as `ReplyPrinter` shows one; calls and results dim on stderr.
-    `make` makes the printer of a turn."""
+    `make` makes the printer of a turn, by its number."""
 
-    def __init__(self, make: Callable[[], terminal.ReplyPrinter]):
-        self._make, self._turn = make, make()
+    def __init__(self, make: Callable[[int], terminal.ReplyPrinter]):
+        self._make, self._turn = make, make(0)
+        self._turns = 1
         self._calls: list[ToolCall] = []
         self.ends: list[End] = []
 
@@ -157,13 +169,18 @@ class ToolPrinter:
     def reason(self) -> str:
         return self._turn.reason
 
+    @property
+    def unanswered(self) -> str:
+        return self._turn.unanswered
+
     def show(self, piece: Piece | ToolResult) -> None:
         if isinstance(piece, ToolCall):
             self._calls.append(piece)
         elif isinstance(piece, ToolResult):
-            terminal.note(f"result: {piece.content}")
+            terminal.note(f"result: {_beginning(piece.content)}")
             if self._turn.reason:  # what comes next is another turn
-                self._turn = self._make()
+                self._turn = self._make(self._turns)
+                self._turns += 1
         else:
             self._turn.show(piece)
             if isinstance(piece, End):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qwen3_tg.cli import terminal
@@ -19,6 +20,17 @@ from qwen3_tg.sampling import Sampling
 Message = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """`messages` are those that were there and what came of them: calls of tools with their
+    results, and the answer, which is what was answered before Ctrl-C. After an error rounds of
+    calls that were whole before it stay; where there was none there is nothing new."""
+
+    messages: list[Message]
+    has_failed: bool
+    is_stopped: bool
+
+
 def perform(
     llm: LLM,
     messages: list[Message],
@@ -26,10 +38,8 @@ def perform(
     options: argparse.Namespace,
     printer: ToolPrinter,
     tools: ChatTools,
-) -> list[Message]:
-    """These messages and what came of them: calls of tools with their results, and the answer,
-    which is what was answered before Ctrl-C. After an error, which is told, rounds of calls that
-    were whole before it stay; where there was none there is nothing new."""
+) -> Turn:
+    """Answer these messages, with as many rounds of calls as it takes. Errors are told."""
 
     def ask(messages: Sequence[Mapping[str, Any]], rounds: int) -> Iterator[Piece]:
         sent = with_system(messages, options)
@@ -38,25 +48,32 @@ def perform(
         )
 
     turns = tools.answer(ask, messages)
-    stopped: list[Message] = []
+    answered: list[Message] = []
+    is_stopped, problem = False, ""
     try:
         terminal.stream(turns, printer.show, llm)
+        problem = printer.unanswered
         if printer.reason == "context":
             terminal.note("(/clear starts anew)")
     except KeyboardInterrupt:
         with _deaf_to_ctrl_c():  # pressed twice it stops the answer, too, and nothing else
             printer.finish()
             terminal.note("(stopped)")
-        stopped = [{"role": "assistant", "content": printer.text}] if printer.text else []
+        is_stopped = True
+        answered = [{"role": "assistant", "content": printer.text}] if printer.text else []
     except ContextError as e:
-        terminal.note(
-            f"error: {e}; /clear starts anew, /undo takes the last turn back; "
+        earlier = any(message["role"] == "assistant" for message in messages)
+        todo = (
+            "; /clear starts anew, /undo takes the last turn back; "
             "qwen3 chat --overflow shift leaves out the oldest turns"
         )
+        problem = f"{e}{todo if earlier else ''}"
     except Qwen3Error as e:
         printer.finish()
-        terminal.note(f"error: {e}")
-    return [*map(dict, turns.messages), *stopped]
+        problem = str(e)
+    if problem:
+        terminal.note(f"error: {problem}")
+    return Turn([*map(dict, turns.messages), *answered], bool(problem), is_stopped)
 
 
 @contextlib.contextmanager

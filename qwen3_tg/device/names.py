@@ -25,7 +25,7 @@ def each(name: str) -> tuple[str, ...]:
 
 
 def gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 // 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def one_line(e: BaseException) -> str:

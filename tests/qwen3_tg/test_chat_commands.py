@@ -438,7 +438,8 @@ class TestOther:
         shown = noted()
         assert llm.tokenizer
         used = len(llm.tokenizer.encode(llm.render(chat.talk.messages)))
-        assert f"context: {used} of 2,048 tokens used, {2048 - used:,} left" in shown
+        assert f"context: {used} of 2,048 tokens used as the next turn finds it" in shown
+        assert f"{2048 - used:,} left" in shown
         assert "2 messages, 1 of you" in shown and "thinking 27, answer 4" in shown
 
     def test_stats_say_what_else_is_kept(self, noted: Callable[[], str]) -> None:

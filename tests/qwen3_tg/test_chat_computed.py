@@ -41,11 +41,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     monkeypatch.setattr(Engine, "_run", counted)
 
-    def chat(file: Path, *lines: str, options: tuple[str, ...] = PLAIN) -> int:
+    def chat(file: Path, *lines: str, options: tuple[str, ...] = PLAIN, exit_code: int = 0) -> int:
         computed[0] = 0
         stdin = io.BytesIO("".join(f"{line}\n" for line in lines).encode())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin, encoding="utf-8"))
-        assert main(["chat", "--session", str(file), *options]) == 0
+        assert main(["chat", "--session", str(file), *options]) == exit_code
         return computed[0]
 
     return chat
@@ -167,7 +167,7 @@ class TestGoingOn:
         assert "tokens of it are computed already" in err
         assert texts(kept)[0] == "hi" and beside(other).exists()
         (tmp_path / "third.kv").write_text("mine")
-        run(kept, f"/save {tmp_path / 'third'}")
+        run(kept, f"/save {tmp_path / 'third'}", exit_code=1)
         assert "third.kv: there is such a file" in capsys.readouterr().err
         assert (tmp_path / "third.kv").read_text() == "mine"
 

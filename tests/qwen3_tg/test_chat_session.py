@@ -147,7 +147,7 @@ class TestChat:
         assert run(monkeypatch, "now add 12\n/set\n/system\n", *options, "--top-p", "0.5") == 0
         out, err = capsys.readouterr()
         assert out == "134\n" and texts(file) == [SUM, "122", "now add 12", "134"]
-        assert f"(2 messages from {file}, a system message, top_k 7)" in err
+        assert f"(2 messages from {file}, a system message, top_k 7, top_p 0.5)" in err
         assert "top_k              7" in err and "top_p              0.5" in err
         assert "(system message: Add.)" in err
 
@@ -174,7 +174,7 @@ class TestChat:
     ) -> None:
         file = tmp_path / "s"
         lines = [SUM, f"/save {file}", "/clear", "/load", f"/load {file}", "now add 12", "/save"]
-        assert run(monkeypatch, "\n".join(lines)) == 0
+        assert run(monkeypatch, "\n".join(lines)) == 1
         out, err = capsys.readouterr()
         assert out == "122\n134\n" and "/load takes a file" in err
         assert texts(file) == [SUM, "122", "now add 12", "134"]
@@ -184,7 +184,7 @@ class TestChat:
     ) -> None:
         file = tmp_path / "thesis.txt"
         file.write_text("years of work")
-        assert run(monkeypatch, f"/save\n/save {file}\n") == 0
+        assert run(monkeypatch, f"/save\n/save {file}\n") == 1
         err = capsys.readouterr().err
         assert "/save takes a file" in err and f"/save --force {'FILE'}" in err
         assert file.read_text() == "years of work"
@@ -196,19 +196,37 @@ class TestChat:
     ) -> None:
         (tmp_path / "s").write_text("{}")
         lines = f"{SUM}\n/load {tmp_path / 's'}\n/load {tmp_path / 'no'}\nnow add 12\n"
-        assert run(monkeypatch, lines) == 0
+        assert run(monkeypatch, lines) == 1
         out, err = capsys.readouterr()
         assert out == "122\n134\n"
         assert "JSON, but not a conversation" in err and "not readable: No such file" in err
 
     def test_after_load_the_session_is_the_loaded_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         old, other = tmp_path / "old", tmp_path / "other"
         assert run(monkeypatch, "hi\n", "--session", str(other), "--thinking", "off") == 0
-        assert run(monkeypatch, f"{SUM}\n/load {other}\nhi\n", "--session", str(old)) == 0
+        capsys.readouterr()
+        lines = f"{SUM}\n/load {other}\nhi\n/clear\n/undo\n"
+        assert run(monkeypatch, lines, "--session", str(old)) == 0
         assert texts(old) == [SUM, "122"], "what was kept there is not lost"
         assert len(texts(other)) == 4
+        err = capsys.readouterr().err
+        assert f"(from now on it is kept there, and {old} stays as it is)" in err
+        assert f"(forgotten in {other}, too; /undo brings it back)" in err
+
+    def test_what_the_command_line_says_is_told_and_goes_first(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = str(tmp_path / "s")
+        assert run(monkeypatch, f"{SUM}\n", "--session", file, "--max-new-tokens", "30") == 0
+        options = ["--max-new-tokens", "9", "--system", "Be brief.", "--temperature", "0"]
+        capsys.readouterr()
+        assert run(monkeypatch, "/set\n/system\n", "--session", file, *options) == 0
+        err = capsys.readouterr().err
+        (told,) = [line for line in err.splitlines() if line.startswith("(2 messages from")]
+        assert "a system message" in told and "max_new_tokens 9" in told and "30" not in told
+        assert "(system message: Be brief.)" in err
 
     def test_another_model_is_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

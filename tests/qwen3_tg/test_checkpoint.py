@@ -475,6 +475,15 @@ def test_a_name_in_the_hubs_cache_is_found_with_and_without_its_owner(cache, typ
     assert_holds(open_checkpoint(typed), make_weights(), "float32")
 
 
+@pytest.mark.parametrize("typed", ["qwen3-0.6b", "qwen/QWEN3-0.6B", "qwen3:0.6b", "Qwen3:0.6B"])
+def test_other_capitals_and_ollamas_names_are_understood(cache, typed):
+    path = make_cached(cache, "Qwen/Qwen3-0.6B")
+    assert locate(typed) == path
+    assert "qwen3 pull Qwen/Qwen3-8B-GGUF --type q4_k_m" in refused("qwen3-8b-gguf:q4_k_m")
+    assert refused("qwen3:8b").endswith("get it with: qwen3 pull Qwen/Qwen3-8B")
+    assert "neither a directory nor a model name" in refused("qwen3:7b")
+
+
 def test_a_model_of_another_owner_is_found_by_its_whole_name_only(cache):
     path = make_cached(cache, "someone/Qwen3-tuned")
     assert locate("someone/Qwen3-tuned") == path

@@ -56,6 +56,13 @@ class Stdin(io.TextIOWrapper):
         super().__init__(io.BytesIO(data), encoding="utf-8")
 
 
+class Keys(Stdin):
+    """These bytes, typed by somebody."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture(autouse=True)
 def _empty_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Stdin())
@@ -405,6 +412,24 @@ class TestTokenizeAndDevices:
         assert cpu["works"] and cpu["memory_bytes"] > cpu["free_memory_bytes"] > 0
         assert all(one["works"] or one["missing"] for one in found["devices"])
 
+    @pytest.mark.parametrize("words", [["serve"], ["chatt"], ["run", "qwen3"]])
+    def test_what_looks_like_a_command_is_sent_and_told(
+        self, words: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = ["--thinking", "off", "--max-new-tokens", "9"]
+        main([*options, *words])
+        assert f"note: {words[0]!r} is no command" in capsys.readouterr().err
+        main([*options, "hello there", "chatt"])
+        main(["generate", *options, *words])
+        assert "is no command" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["session", "tools"])
+    def test_an_empty_name_of_a_file_is_refused(
+        self, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["chat", f"--{name}", ""]) == 2
+        assert capsys.readouterr().err == f"error: --{name} must not be empty\n"
+
 
 class TestChat:
     def test_each_line_of_a_pipe_is_a_turn(
@@ -412,22 +437,38 @@ class TestChat:
     ) -> None:
         lines = f"{SUM}\n\nnow add 12\n/thinking off\nhi\n/nonsense\n/clear\n/exit\nnever sent\n"
         monkeypatch.setattr(sys, "stdin", Stdin(lines.encode()))
-        assert main(["chat"]) == 0
+        assert main(["chat"]) == 1, "as something went wrong"
         out, err = capsys.readouterr()
         answers = out.splitlines()
         assert answers[:2] == ["122", "134"]
         assert answers[2].startswith("Hello!") and len(answers) == 3
-        assert "unknown command '/nonsense'" in err and "(forgotten)" in err
+        assert "unknown command '/nonsense'" in err and "(forgotten; /undo brings it back)" in err
 
     def test_a_turn_that_does_not_fit_is_as_if_never_sent(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         lines = f"{SUM}\n{'7' * 3000}\nnow add 12\n"
         monkeypatch.setattr(sys, "stdin", Stdin(lines.encode()))
-        assert main(["chat"]) == 0
+        assert main(["chat"]) == 1
         out, err = capsys.readouterr()
         assert out.splitlines() == ["122", "134"]
         assert "/clear starts anew" in err
+
+    def test_a_first_message_that_does_not_fit_is_told_nothing_of_turns(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", Stdin(f"{'7' * 3000}\n".encode()))
+        assert main(["chat"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "the context 2048" in line and "/clear" not in line and "--overflow" not in line
+
+    def test_an_answer_that_is_cut_from_its_form_fails(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", Stdin(f"{SUM}\n".encode()))
+        line = ["chat", "--thinking", "off", "--regex", "[0-9]{40}", "--max-new-tokens", "2"]
+        assert main(line) == 1
+        assert "error: the answer is unfinished" in capsys.readouterr().err
 
     def test_the_same_message_again_draws_other_numbers(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -457,7 +498,7 @@ class TestChat:
                     raise KeyboardInterrupt
 
         monkeypatch.setattr(terminal, "stream", break_off)
-        monkeypatch.setattr(sys, "stdin", Stdin(f"{SUM}\nnow add 12\n".encode()))
+        monkeypatch.setattr(sys, "stdin", Keys(f"{SUM}\nnow add 12\n".encode()))
         assert main(["chat"]) == 0
         out, err = capsys.readouterr()
         assert out.splitlines() == ["122", "134"]
@@ -475,11 +516,58 @@ class TestChat:
             stream(pieces, show, llm)  # type: ignore[arg-type]
 
         monkeypatch.setattr(terminal, "stream", break_off)
-        monkeypatch.setattr(sys, "stdin", Stdin(f"{SUM}\nhi\nnow add 12\n".encode()))
+        lines = f"{SUM}\nhi\nnow add 12\n".encode()
+        monkeypatch.setattr(sys, "stdin", Keys(lines))
         assert main(["chat"]) == 0
         out, err = capsys.readouterr()
         assert out.splitlines() == ["122", "134"]
         assert "(stopped)" in err
+        calls.clear()
+        monkeypatch.setattr(sys, "stdin", Stdin(lines))  # a pipe: nobody sits there
+        assert main(["chat"]) == 130
+        assert capsys.readouterr().out.splitlines() == ["122"]
+
+    @pytest.mark.parametrize(
+        ("options", "why"),
+        [
+            ("--context 20", "no answer: the context was full before it began; --context N"),
+            ("--thinking off --max-new-tokens 1", "no answer: --max-new-tokens ended it"),
+        ],
+    )
+    def test_no_answer_at_all_is_an_error(
+        self,
+        options: str,
+        why: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def white(self: object, piece: Piece) -> None:
+            show(self, Text("\n") if isinstance(piece, Text) else piece)  # type: ignore[arg-type]
+
+        show = terminal.ReplyPrinter.show
+        if "--max-new-tokens" in options:
+            monkeypatch.setattr(terminal.ReplyPrinter, "show", white)
+        monkeypatch.setattr(sys, "stdin", Stdin(b""))
+        assert main([*options.split(), SUM]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {why}")
+        monkeypatch.setattr(sys, "stdin", Stdin(f"{SUM}\n".encode()))
+        assert main(["chat", *options.split()]) == 1
+        assert f"error: {why}" in capsys.readouterr().err
+
+    def test_v_tells_the_seed_that_the_answer_can_be_had_again_with(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        options = "--thinking off --temperature 3 --top-k 0 --top-p 1 --max-new-tokens 9 -v".split()
+
+        def run(lines: bytes, seed: str) -> tuple[str, list[str]]:
+            monkeypatch.setattr(sys, "stdin", Stdin(lines))
+            assert main(["chat", "--seed", seed, *options]) == 0
+            out, err = capsys.readouterr()
+            return out, re.findall(r"; seed (\d+)", err)
+
+        both, seeds = run(b"hi\n/regen\n", "5")
+        assert seeds[0] == "5" and int(seeds[1]) < 2**53
+        assert "".join(run(b"hi\n", seed)[0] for seed in seeds) == both
 
 
 PROMPT = "\x1b[?2004h"  # prompt_toolkit is ready for keys
@@ -577,3 +665,12 @@ class TestTerminal:
         printer.finish()
         assert err.getvalue() == "\x1b[2mhm\x1b[0m\n\n"
         assert out.getvalue() == 'a\ufffd[2Jb\ufffd\n\tc\n{"name": "f", "arguments": {"x": 1}}\n'
+
+    @pytest.mark.parametrize(("value", "is_dim"), [("", True), ("1", False)])
+    def test_no_color_is_obeyed_unless_it_is_empty(
+        self, value: str, is_dim: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("NO_COLOR", value)
+        assert terminal.dim("x") == ("\x1b[2mx\x1b[0m" if is_dim else "x")
+        assert terminal.obeys_codes(), "Markdown and folding stay"

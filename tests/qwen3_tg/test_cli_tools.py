@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_tg.cli import main
+from qwen3_tg.cli import main, terminal
 from qwen3_tg.cli import tools as cli_tools
 from qwen3_tg.cli.tool_commands import Limits, run_command
 from qwen3_tg.cli.tool_files import read_tools
@@ -220,6 +220,21 @@ class TestConfirmation:
         assert self.ask(monkeypatch, file, "", yes=True)[0].content == "5"
         assert "run it?" not in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("content", "shown"),
+        [
+            ("5\n6", "result: 5\n6\n"),
+            ("y\n" * 50, "result: " + "y\n" * 19 + "y ... (61 more letters, for the model)\n"),
+            ("x" * 3000, f"result: {'x' * 2000} ... (1,000 more letters, for the model)\n"),
+        ],
+    )
+    def test_the_beginning_of_a_result_is_shown(
+        self, content: str, shown: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        printer = cli_tools.ToolPrinter(lambda turn: terminal.ReplyPrinter())
+        printer.show(ToolResult(ToolCall("f", {}), content))
+        assert capsys.readouterr().err == shown
+
     def test_the_user_types_the_result_of_a_tool_without_a_command(
         self, monkeypatch: pytest.MonkeyPatch, file: Path
     ) -> None:
@@ -310,7 +325,7 @@ class TestChat:
 
         monkeypatch.setattr(LLM, "chat", script)
         monkeypatch.setattr(cli_tools, "run_command", run)
-        stdin_is(monkeypatch, "first\nsecond\nthird\n")
+        stdin_is(monkeypatch, "first\nsecond\nthird\n", tty=True)
         options = ["--yes-tools", "--tools", write(file, CALCULATOR), "--tool-rounds", "2"]
         assert main(["chat", *options]) == 0
         err = capsys.readouterr().err

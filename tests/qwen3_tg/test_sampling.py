@@ -317,3 +317,15 @@ def test_a_bias_that_is_none_is_refused(bias: dict) -> None:
 def test_what_must_be_an_integer_is_refused_by_name(bad: dict) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(bad))} must be an integer"):
         Sampling(**bad)
+
+
+def test_other_answers_and_turns_have_seeds_of_their_own_that_json_holds() -> None:
+    for seed in (0, 5, 2**53 + 1, 2**128 - 1):
+        one = Sampling(temperature=1.0, seed=seed)
+        assert one.another(0) == one.next_turn(0) == one
+        others = [one.another(n).seed for n in range(1, 200)]
+        others += [one.next_turn(n).seed for n in range(1, 200)]
+        others += [one.another(n).next_turn(m).seed for n in (1, 2) for m in (1, 2)]
+        assert len({*others, seed}) == len(others) + 1
+        assert max(others) < 2**53
+        assert all(float(other) == other for other in others)
