@@ -486,8 +486,10 @@ class LLM:
         """Let the model call these functions until it answers: the pieces of all its turns, and the
         results of its calls. The loop's `messages` are the conversation with all of that.
 
-        `options` are those of `chat`, for every turn. What goes wrong in a call is told to the
-        model as its result. Raises ChatError where it calls in more than `max_rounds` turns."""
+        `options` are those of `chat`, for every turn. What goes wrong in a call, also what a
+        function raises, is told to the model as its result. Raises ChatError where it calls in
+        more than `max_rounds` turns, and UsageError where a function returns what is neither a text
+        nor JSON, which no other call would mend."""
         toolbox = Toolbox(tools)
         chosen = sampling or self.default_sampling(thinking=thinking)
 
