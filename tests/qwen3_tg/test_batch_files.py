@@ -91,6 +91,7 @@ def test_a_line_says_what_it_wants(folder: Path) -> None:
         {"prompt": "What is 5 + 6?", "stop": ["1"]},
         {"prompt": "What is 5 + 6?", "temperature": 3, "seed": 5, "max_new_tokens": 3},
         {"prompt": "What is 5 + 6?", "system": "Be brief.", "tools": [tool]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 5 + 6?"}]}]},
     )
     assert run() == 0
     found = answers()
@@ -101,6 +102,7 @@ def test_a_line_says_what_it_wants(folder: Path) -> None:
     assert found[4]["end"] == "stop_string" and found[4]["text"] == ""
     assert found[5]["seed"] == 5
     assert found[6]["prompt_tokens"] > found[0]["prompt_tokens"] + 20
+    assert found[7]["text"] == "11" and found[7]["prompt_tokens"] == found[0]["prompt_tokens"]
 
 
 WRONG: list[tuple[Any, str]] = [
