@@ -56,8 +56,13 @@ class Batch:
     """Answers requests, as many at once as there are slots. `steps` counts the steps so far and
     `new_tokens` the tokens that they were for."""
 
-    def __init__(self, slots: Slots, start: Start, default_sampling: Callable[..., Sampling]):
-        self._slots, self._begin, self._default_sampling = slots, start, default_sampling
+    def __init__(
+        self,
+        slots: Slots,
+        start: Start,
+        choose_sampling: Callable[[Sampling | None, bool], Sampling],
+    ):
+        self._slots, self._begin, self._choose_sampling = slots, start, choose_sampling
         self._is_busy = False
         self.steps = self.new_tokens = 0
 
@@ -141,7 +146,7 @@ class Batch:
         what, options = request.what, {**common, **request.options}
         if "sampling" not in request.options:
             thinking = isinstance(what, str) or options.get("thinking", True)
-            sampling = options.get("sampling") or self._default_sampling(thinking=thinking)
+            sampling = self._choose_sampling(options.get("sampling"), thinking)
             options["sampling"] = sampling.another(number)
         return self._begin(what, row, options)
 

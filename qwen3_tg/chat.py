@@ -17,6 +17,7 @@ from qwen3_tg.reply import CALL, END_CALL, END_THINK, THINK
 from qwen3_tg.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+_EXAMPLE = '[{"role": "user", "content": "hi"}]'
 _ROLES = ("system", "user", "assistant", "tool")
 # Unicode's characters for private use: none of them has a meaning in a text.
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))
@@ -89,6 +90,7 @@ class ChatTemplate:
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Refuse what a template would drop in silence. Raises ChatError naming the message."""
+    _check_list(messages)
     if not messages:
         raise ChatError("no messages: a chat needs at least one")
     for n, message in enumerate(messages):
@@ -100,6 +102,39 @@ def check_messages(messages: Sequence[Message]) -> None:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ChatError(f"message {n}: content must be a text, found {type(content).__name__}")
+
+
+def plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, where each content that is a list of parts, as in OpenAI's API, is one
+    text: its parts in order, with nothing between them. A template would drop such a list.
+
+    Raises ChatError naming the message for a part that is no text."""
+    _check_list(messages)
+    return [_plain(message, n) for n, message in enumerate(messages)]
+
+
+def _plain(message: Message, n: int) -> Message:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, (list, tuple)) or not content:
+        return message
+    for m, part in enumerate(content):
+        where = f"message {n}, part {m} of its content"
+        if not isinstance(part, Mapping):
+            raise ChatError(
+                f'{where}: must be {{"type": "text", "text": "..."}}, found {part!r:.80}'
+            )
+        if part.get("type") != "text":
+            raise ChatError(
+                f"{where}: type is {part.get('type')!r:.80}; this model reads text only"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ChatError(f"{where}: text must be a text, found {part.get('text')!r:.80}")
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def _check_list(messages: Sequence[Message]) -> None:
+    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
+        raise ChatError(f"messages must be a list such as {_EXAMPLE}, found {messages!r:.80}")
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> None:
@@ -116,7 +151,8 @@ def encode_chat(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None,
 ) -> tuple[str, list[int]]:
-    """The rendered text and its ids, where only the template's own special tokens act.
+    """The rendered text and its ids, where only the template's own special tokens act. Contents
+    are texts: of parts that are joined later, two could make a token.
 
     `<|im_end|>` in a user's content is ten characters and ends no turn. To tell the two apart after
     rendering, a mark that occurs nowhere else is put into each such text before it. The template

@@ -21,7 +21,14 @@ import numpy as np
 
 from qwen3_tg import device as devices
 from qwen3_tg import prefix_file
-from qwen3_tg.chat import ChatTemplate, Message, check_messages, check_tools, encode_chat
+from qwen3_tg.chat import (
+    ChatTemplate,
+    Message,
+    check_messages,
+    check_tools,
+    encode_chat,
+    plain_messages,
+)
 from qwen3_tg.checkpoint import Checkpoint, open_checkpoint
 from qwen3_tg.config import ModelConfig
 from qwen3_tg.errors import ChatError, CheckpointError, UsageError, check_count
@@ -290,7 +297,7 @@ class LLM:
         """The text of a conversation, by the checkpoint's own template. Raises ChatError."""
         names = dict(self.checkpoint.special_tokens) | template_kwargs
         return self.chat_template.render(
-            messages, schemas_of(tools), add_generation_prompt, **names
+            plain_messages(messages), schemas_of(tools), add_generation_prompt, **names
         )
 
     def fit(
@@ -304,6 +311,7 @@ class LLM:
         quarter of it: without as many of its oldest turns as needed, and how many those were.
 
         Raises ContextError where the system message and the last turn alone are too long."""
+        messages = plain_messages(messages)
         check_messages(messages)
         schemas = schemas_of(tools)
 
@@ -336,6 +344,7 @@ class LLM:
         Raises UsageError or ContextError."""
         from qwen3_tg.generate import Generation
 
+        sampling = self._choose_sampling(sampling)
         stop_ids = self.stop_ids if stop_ids is None else stop_ids
         speculation = None
         if self.draft and model is None:
@@ -398,11 +407,13 @@ class LLM:
         """The same as pieces, Text and End. `model` as for generate_ids."""
         from qwen3_tg.loop_guard import LoopGuard
 
+        if not isinstance(prompt, str):
+            raise UsageError(f"the prompt must be a text, found {type(prompt).__name__}")
         if not prompt:
             raise UsageError("the prompt is empty: there is nothing to continue")
         check_count("max_new_tokens", max_new_tokens, least=1)
         strings, tokenizer = StopStrings(stop), self._need_tokenizer()
-        sampling = sampling or self.default_sampling()
+        sampling = self._choose_sampling(sampling)
         generation = self.generate_ids(tokenizer.encode(prompt), None, sampling, model=model)
         generation.on_step = on_step
         allowed = self._allow(generation, constraint, stop, None)
@@ -432,6 +443,8 @@ class LLM:
     ) -> ReplyLoop:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
 
+        A message's content is a text, or a list of `{"type": "text", "text": "..."}`, as in
+        OpenAI's API, which are joined; parts of another type are refused.
         `thinking_budget` counts tokens of thinking; when they are spent the thinking is closed with
         the sentence Qwen advises, and the answer follows. `max_new_tokens` counts the answer alone.
         `stop` strings end the answer. `allow_special` lets special tokens in the messages act.
@@ -443,6 +456,7 @@ class LLM:
         `model` as for generate_ids."""
         from qwen3_tg.loop_guard import LoopGuard
 
+        messages = plain_messages(messages)
         check_messages(messages)
         schemas = schemas_of(tools)
         check_tools(schemas)
@@ -461,7 +475,7 @@ class LLM:
         in_thinking = text.rstrip("\n").endswith(THINK)
         if in_thinking and not thinking:
             raise UsageError("this model always thinks: its template has no switch for it")
-        sampling = sampling or self.default_sampling(thinking=thinking)
+        sampling = self._choose_sampling(sampling, thinking)
         generation = self.generate_ids(ids, None, sampling, model=model)
         generation.on_step = on_step
         may_think = thinking and self.can_choose_to_think
@@ -486,10 +500,12 @@ class LLM:
         """Let the model call these functions until it answers: the pieces of all its turns, and the
         results of its calls. The loop's `messages` are the conversation with all of that.
 
-        `options` are those of `chat`, for every turn. What goes wrong in a call is told to the
-        model as its result. Raises ChatError where it calls in more than `max_rounds` turns."""
-        toolbox = Toolbox(tools)
-        chosen = sampling or self.default_sampling(thinking=thinking)
+        `options` are those of `chat`, for every turn. What goes wrong in a call, also what a
+        function raises, is told to the model as its result. Raises ChatError where it calls in
+        more than `max_rounds` turns, and UsageError where a function returns what is neither a text
+        nor JSON, which no other call would mend."""
+        toolbox, messages = Toolbox(tools), plain_messages(messages)
+        chosen = self._choose_sampling(sampling, thinking)
 
         def ask(messages: Sequence[Message], rounds: int) -> Iterator[Piece]:
             again = chosen.next_turn(rounds)
@@ -517,13 +533,22 @@ class LLM:
             loop: ReplyLoop = begin(what, model=model, **options)
             return loop
 
-        return Batch(self.slots(size), start, self.default_sampling)
+        return Batch(self.slots(size), start, self._choose_sampling)
 
     def slots(self, size: int) -> Slots:
         """The same for ids: the logits of up to `size` sequences, step by step."""
         from qwen3_tg.slots import Slots
 
         return Slots(self._engine, size)
+
+    def _choose_sampling(self, given: Sampling | None, thinking: bool = True) -> Sampling:
+        """What was given, or the default for None. Raises UsageError for anything else."""
+        if given is None:
+            return self.default_sampling(thinking=thinking)
+        if not isinstance(given, Sampling):
+            found = type(given).__name__
+            raise UsageError(f"sampling must be a qwen3_tg.Sampling, found {found}")
+        return given
 
     def _encode(
         self,

@@ -23,7 +23,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 
 import numpy as np
@@ -47,12 +47,24 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "seed"):
-            if not isinstance(getattr(self, name), Integral):
-                raise UsageError(f"{name} must be an integer, found {getattr(self, name)!r}")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name in ("top_k", "seed"):
+                kind, right = "an integer", isinstance(value, Integral)
+            elif setting.name == "logit_bias":
+                kind, right = "a dict of numbers by token id", isinstance(value, Mapping)
+            else:
+                kind, right = "a number", isinstance(value, Real)
+            if not right:
+                raise UsageError(f"{setting.name} must be {kind}, found {value!r:.80}")
         penalties = self.presence_penalty, self.frequency_penalty
         checks = (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature >= 0 and _is_finite(self.temperature),
+                "at least 0",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
@@ -60,20 +72,20 @@ class Sampling:
             (
                 "repetition_penalty",
                 self.repetition_penalty,
-                0 < self.repetition_penalty < math.inf,
+                self.repetition_penalty > 0 and _is_finite(self.repetition_penalty),
                 "above 0",
             ),
-            ("presence_penalty", penalties[0], math.isfinite(penalties[0]), "a number"),
-            ("frequency_penalty", penalties[1], math.isfinite(penalties[1]), "a number"),
+            ("presence_penalty", penalties[0], _is_finite(penalties[0]), "a number"),
+            ("frequency_penalty", penalties[1], _is_finite(penalties[1]), "a number"),
         )
         for name, value, right, expected in checks:
             if not right:
-                raise UsageError(f"{name} must be {expected}, found {value}")
+                raise UsageError(f"{name} must be {expected}, found {value!s:.80}")
         for id, bias in self.logit_bias.items():
             if not isinstance(id, Integral) or id < 0:
                 raise UsageError(f"logit_bias must be by token id, found {id!r}")
-            if not isinstance(bias, Real) or math.isnan(bias) or bias == math.inf:
-                raise UsageError(f"logit_bias of {id} must be a number or -inf, found {bias!r}")
+            if not isinstance(bias, Real) or not (bias == -math.inf or _is_finite(bias)):
+                raise UsageError(f"logit_bias of {id} must be a number or -inf, found {bias!r:.80}")
 
     def another(self, number: int) -> Sampling:
         """For the number-th of several answers with one seed, from 0 on: the same with a seed of
@@ -90,6 +102,13 @@ class Sampling:
             return self.seed
         text = f"{self.seed} {kind} {number}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 11
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 class Seen:

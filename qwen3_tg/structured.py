@@ -8,7 +8,8 @@ that an answer which was cut is an error and never looks like a whole one. Knows
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _JSON_SPACE = r"( |\n[ \t]{0,40})?"
 # What the chat template writes between the thinking and the answer.
 _LEAD = "\n\n"
+# To llguidance's own word for a grammar that nothing can be derived from.
+_NO_TEXT = ", no whole text follows it; does a rule lead to itself without an end, as `a: a` does?"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Constraint:
         schema = {} if schema is True else schema
         space: Any = {"whitespace_pattern": _JSON_SPACE}  # llguidance's own word for it
         matcher = _llguidance().LLMatcher
-        grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=space)
+        with _refused(where):
+            grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=space)
         return cls(grammar, f"JSON as in {where}")._checked(where)
 
     @classmethod
@@ -55,7 +59,9 @@ class Constraint:
         """A text that matches from beginning to end, in the syntax of Rust's crate regex."""
         if not isinstance(regex, str) or not regex:
             raise UsageError(f"{where}: expected a text that is not empty, found {regex!r:.80}")
-        grammar = _llguidance().LLMatcher.grammar_from_regex(regex)
+        matcher = _llguidance().LLMatcher
+        with _refused(where):
+            grammar = matcher.grammar_from_regex(regex)
         return cls(grammar, f"a match of {regex!r:.80}")._checked(where)
 
     @classmethod
@@ -63,7 +69,9 @@ class Constraint:
         """What the rule `start` of a grammar derives, in llguidance's variant of Lark's syntax."""
         if not isinstance(grammar, str):
             raise UsageError(f"{where}: expected a text, found {type(grammar).__name__}")
-        grammar = _llguidance().LLMatcher.grammar_from_lark(grammar)
+        matcher = _llguidance().LLMatcher
+        with _refused(where):
+            grammar = matcher.grammar_from_lark(grammar)
         return cls(grammar, f"a text as in {where}")._checked(where)
 
     def _checked(self, where: str) -> Constraint:
@@ -170,7 +178,8 @@ class Allowed:
     @property
     def _problem(self) -> str:
         problem = " ".join(self._matcher.get_error().split()).removesuffix(" <non-verbose/>")
-        return f"llguidance says: {problem:.300}"
+        why = _NO_TEXT if "NoExtensionBias" in problem else ""
+        return f"llguidance says: {problem:.300}{why}"
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -199,6 +208,16 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[int])
     wrapped = library.TokenizerWrapper(Tokens())
     made: LLTokenizer = library.LLTokenizer(wrapped, vocab_size, sorted(stop_ids))
     return made
+
+
+@contextmanager
+def _refused(where: str) -> Iterator[None]:
+    """What llguidance raises for what it cannot read, such as a schema nested too deeply, half a
+    surrogate pair, or an object that JSON has not, is a UsageError."""
+    try:
+        yield
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UsageError(f"{where}: {' '.join(str(e).split()):.400}") from None
 
 
 def _llguidance() -> Any:

@@ -2,18 +2,20 @@
 
 The docstring is read as transformers' `get_json_schema` reads it: what the function does, and under
 `Args:` what each parameter is, with the choices it has, if any, as `(choices: ["a", "b"])`. Unlike
-there, a parameter's default is told, and one that may be None says so in JSON Schema's own words.
+there, `Annotated[str, "what it is"]` says that, too, a parameter's default is told, and one that
+may be None says so in JSON Schema's own words.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from qwen3_tg.errors import UsageError
 
@@ -27,13 +29,18 @@ _CHOICES = re.compile(r"\s*\(choices:\s*(\[.*\])\s*\)\s*$", re.IGNORECASE | re.D
 def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     """`{"type": "function", "function": {"name", "description", "parameters"}}` of a function.
 
-    Raises UsageError for one without annotations or docstring, and for a type that JSON has not."""
-    name = getattr(function, "__name__", repr(function))
-    if not callable(function) or inspect.iscoroutinefunction(function):
-        raise UsageError(f"a tool must be a plain function, found {function!r:.80}")
+    Raises UsageError for what is no plain function or method, for one without annotations or
+    docstring, and for a type that JSON has not."""
+    if not _is_plain(function):
+        raise UsageError(
+            "a tool must be a plain function with annotations and a docstring, found "
+            f"{function!r:.80}; write one that calls it"
+        )
+    name = function.__name__
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError) as e:
+        annotations = typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError, SyntaxError) as e:
         raise UsageError(f"tool {name}: its annotations cannot be resolved: {e}") from None
     about, abouts = parse_docstring(inspect.getdoc(function) or "")
     if not about:
@@ -45,10 +52,16 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
             raise UsageError(f"{where}: a tool takes its arguments by name, found {parameter}")
         if parameter.name not in hints:
             raise UsageError(f"{where}: no type annotation; expected {_SUPPORTED}")
-        if parameter.name not in abouts:
-            raise UsageError(f"{where}: the docstring does not describe it under `Args:`")
+        annotated = _annotated_text(annotations[parameter.name])
+        if parameter.name not in abouts and not annotated:
+            raise UsageError(
+                f"{where}: the docstring does not describe it under `Args:`, nor does its "
+                'annotation, as Annotated[str, "what it is"] would'
+            )
         properties[parameter.name] = _described(
-            type_schema(hints[parameter.name], where), abouts[parameter.name], where
+            type_schema(hints[parameter.name], where),
+            abouts.get(parameter.name) or annotated,
+            where,
         )
         if parameter.default is parameter.empty:
             required.append(parameter.name)
@@ -59,6 +72,23 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
         parameters["required"] = required
     described = {"name": name, "description": about, "parameters": parameters}
     return {"type": "function", "function": described}
+
+
+def _is_plain(function: Any) -> bool:
+    """Whether it is a function or method, perhaps in a decorator that says which, and no async one.
+    A functools.partial is none: its signature still has the parameters that it fills in."""
+    if not callable(function) or isinstance(function, (type, functools.partial)):
+        return False
+    inner = inspect.unwrap(function)
+    is_function = inspect.isfunction(inner) or inspect.ismethod(inner)
+    return is_function and not inspect.iscoroutinefunction(inner)
+
+
+def _annotated_text(annotation: Any) -> str:
+    """The first text of `Annotated[...]`, or "" where there is none."""
+    if typing.get_origin(annotation) is not Annotated:
+        return ""
+    return next((text for text in annotation.__metadata__ if isinstance(text, str)), "")
 
 
 def type_schema(annotation: Any, where: str) -> dict[str, Any]:

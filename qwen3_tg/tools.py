@@ -52,7 +52,8 @@ class Tool:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Tool:
-        """A Python function as a tool. Raises UsageError where it does not say what it takes."""
+        """A plain Python function as a tool. Raises UsageError for other callables, and where it
+        does not say what it takes."""
         schema = check_schema(function_schema(function), f"tool {function.__name__}")
         # A name it does not know would be a TypeError; told beforehand it can be repaired.
         parameters = schema["function"]["parameters"] | {"additionalProperties": False}

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from qwen3_tg import usage
 from qwen3_tg.batch import Answer, Batch, Request
 from qwen3_tg.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from qwen3_tg.cli import settings, terminal
-from qwen3_tg.cli.batch_files import Answers, Line, has_system, read_lines
+from qwen3_tg.cli.batch_files import (
+    Answers,
+    Line,
+    has_system,
+    logit_bias,
+    read_lines,
+    stop_strings,
+)
 from qwen3_tg.cli.generate import check_sampling, choose_sampling, load_model, sampling_of
 from qwen3_tg.cli.structured import read_constraint
 from qwen3_tg.cli.tool_files import read_tools
@@ -151,12 +159,15 @@ def _request(
         if name in content:
             setattr(own, name, content[name])
     sampling = sampling_of(own, llm)
+    if (bias := logit_bias(content)) is not None:
+        sampling = replace(sampling, logit_bias=bias)
     if "seed" not in content:
         sampling = sampling.another(line.number - 1)
+    own_stop = stop_strings(content)
     asked = {
         "sampling": sampling,
         "max_new_tokens": own.max_new_tokens,
-        "stop": content.get("stop", options.stop),
+        "stop": options.stop if own_stop is None else own_stop,
         "loop_guard": options.loop_guard,
         "constraint": options.constraint,
     }

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +27,13 @@ from typing import IO, Any
 from qwen3_tg.atomic import replacing
 from qwen3_tg.cli import settings, terminal
 from qwen3_tg.errors import Qwen3Error, UsageError
+from qwen3_tg.sampling import Sampling
 
-OF_A_LINE = ("id", "prompt", "messages", "system", "tools", "stop", "thinking", *settings.RANGES)
+OF_A_LINE = (
+    *("id", "prompt", "messages", "system", "tools", "stop", "logit_bias", "thinking"),
+    *settings.RANGES,
+)
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,17 @@ def _check(content: Any, raw: bool) -> None:
         raise UsageError('must have either "prompt" or "messages"')
     chosen = {n: v for n, v in content.items() if n == "thinking" or n in settings.RANGES}
     settings.check(chosen)
-    kinds: dict[str, type] = {"prompt": str, "system": str}
-    kinds |= {"messages": list, "tools": list, "stop": list}
-    for name, kind in kinds.items():
+    kinds: dict[str, tuple[str, type | tuple[type, ...]]] = {
+        **dict.fromkeys(("prompt", "system"), ("a text", str)),
+        **dict.fromkeys(("messages", "tools"), ("a list", list)),
+        "stop": ("a list or a text", (list, str)),
+        "logit_bias": ("an object", dict),
+    }
+    for name, (expected, kind) in kinds.items():
         if name in content and not isinstance(content[name], kind):
-            expected, found = "text" if kind is str else "list", type(content[name]).__name__
-            raise UsageError(f"{name!r} must be a {expected}, found {found}")
+            found = type(content[name]).__name__
+            raise UsageError(f"{name!r} must be {expected}, found {found}")
+    logit_bias(content)
     if "prompt" in content and not content["prompt"].strip():
         raise UsageError("the prompt is empty")
     if "system" in content and has_system(content.get("messages", [])):
@@ -104,6 +115,27 @@ def _check(content: Any, raw: bool) -> None:
         for name in ("messages", "system", "tools", "thinking", "thinking_budget"):
             if name in content:
                 raise UsageError(f"{name!r} has no meaning with --raw")
+
+
+def logit_bias(content: Mapping[str, Any]) -> dict[int, float] | None:
+    """The biases of a line by token id, None where it has none of its own. Raises UsageError."""
+    if "logit_bias" not in content:
+        return None
+    biases = content["logit_bias"]
+    for id, bias in biases.items():
+        if not _TOKEN_ID.fullmatch(id):
+            raise UsageError(
+                f"'logit_bias' must be by token id, such as \"1234\", found {id!r:.80}"
+            )
+        if not isinstance(bias, (int, float)) or isinstance(bias, bool):
+            raise UsageError(f"'logit_bias' of {id} must be a number, found {bias!r:.80}")
+    return dict(Sampling(logit_bias={int(id): bias for id, bias in biases.items()}).logit_bias)
+
+
+def stop_strings(content: Mapping[str, Any]) -> list[str] | None:
+    """Those of a line, None where it has none of its own."""
+    stop = content.get("stop")
+    return [stop] if isinstance(stop, str) else stop
 
 
 def has_system(messages: list[Any]) -> bool:

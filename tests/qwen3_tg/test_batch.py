@@ -217,6 +217,19 @@ def test_an_option_that_does_not_exist_is_an_error_of_each(fast: LLM, option: st
     assert isinstance(found[1].error, UsageError) == (option != "thinking")
 
 
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {}])
+def test_what_is_no_sampling_is_an_error_of_each_that_it_is_for(fast: LLM, wrong: Any) -> None:
+    own = Request(question(5, 6), {"sampling": Sampling(temperature=0)})
+    found = by_number(fast.batch(2).answers(["1 + 1 = ", own, question(1, 1)], sampling=wrong))
+    for answer in (found[0], found[2]):
+        assert isinstance(answer.error, UsageError)
+        assert str(answer.error) == "sampling must be a qwen3_tg.Sampling, found dict"
+    assert found[1].text == "11"
+    bad = Request(question(5, 6), {"sampling": wrong})
+    found = by_number(fast.batch(2).answers([bad, own]))
+    assert isinstance(found[0].error, UsageError) and found[1].text == "11"
+
+
 def test_a_batch_that_memory_has_no_room_for_is_no_answer(
     fast: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_line_says_what_it_wants(folder: Path) -> None:
         {"prompt": "What is 5 + 6?", "stop": ["1"]},
         {"prompt": "What is 5 + 6?", "temperature": 3, "seed": 5, "max_new_tokens": 3},
         {"prompt": "What is 5 + 6?", "system": "Be brief.", "tools": [tool]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 5 + 6?"}]}]},
     )
     assert run() == 0
     found = answers()
@@ -101,6 +102,7 @@ def test_a_line_says_what_it_wants(folder: Path) -> None:
     assert found[4]["end"] == "stop_string" and found[4]["text"] == ""
     assert found[5]["seed"] == 5
     assert found[6]["prompt_tokens"] > found[0]["prompt_tokens"] + 20
+    assert found[7]["text"] == "11" and found[7]["prompt_tokens"] == found[0]["prompt_tokens"]
 
 
 WRONG: list[tuple[Any, str]] = [
@@ -117,7 +119,20 @@ WRONG: list[tuple[Any, str]] = [
     ({"prompt": "a", "top_k": 0.5}, "top_k must be an integer"),
     ({"prompt": "a", "thinking": True}, "thinking must be on or off, found True"),
     ({"prompt": "a", "system": 3}, "'system' must be a text, found int"),
-    ({"prompt": "a", "stop": "b"}, "'stop' must be a list, found str"),
+    ({"prompt": "a", "stop": 3}, "'stop' must be a list or a text, found int"),
+    ({"prompt": "a", "stop": None}, "'stop' must be a list or a text, found NoneType"),
+    ({"prompt": "a", "stop": ""}, "stop strings must be a list of texts, none empty"),
+    ({"prompt": "a", "logit_bias": None}, "'logit_bias' must be an object, found NoneType"),
+    ({"prompt": "a", "logit_bias": [1]}, "'logit_bias' must be an object, found list"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "'logit_bias' must be by token id, such as"),
+    ({"prompt": "a", "logit_bias": {"-1": 1}}, "'logit_bias' must be by token id, such as"),
+    ({"prompt": "a", "logit_bias": {"01": 1}}, "'logit_bias' must be by token id, such as"),
+    ({"prompt": "a", "logit_bias": {"1": None}}, "'logit_bias' of 1 must be a number, found None"),
+    ({"prompt": "a", "logit_bias": {"1": True}}, "'logit_bias' of 1 must be a number, found True"),
+    ({"prompt": "a", "logit_bias": {"1": "2"}}, "'logit_bias' of 1 must be a number, found '2'"),
+    (b'{"prompt": "a", "logit_bias": {"1": 1e999}}', "logit_bias of 1 must be a number or -inf"),
+    ({"prompt": "a", "logit_bias": {"1": 10**400}}, "logit_bias of 1 must be a number or -inf"),
+    ({"prompt": "a", "presence_penalty": 10**400}, "presence_penalty must be a number, found"),
     ({"prompt": "a", "stop": [1]}, "stop strings must be a list of texts"),
     ({"prompt": "a", "tools": [1]}, "tools must be a list of JSON schemas"),
     ({"prompt": "a", "tools": 3}, "'tools' must be a list, found int"),
@@ -381,6 +396,32 @@ def test_it_reads_stdin_and_writes_to_stdout(
     found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert {answer["line"]: answer["text"] for answer in found} == {1: "11", 4: "2"}
     assert [path.name for path in folder.iterdir()] == []
+
+
+def test_a_lines_stop_and_biases_stand_in_place_of_the_commands(folder: Path) -> None:
+    llm = qwen3_tg.load("tiny")
+    assert llm.tokenizer
+    one, two = (llm.tokenizer.encode(digit)[0] for digit in "12")
+    ask(
+        "1 + 1 = ",
+        {"prompt": "1 + 1 = ", "logit_bias": {str(two): 1000}},
+        {"prompt": "1 + 1 = ", "logit_bias": {str(two): 1000}, "stop": "2"},
+        {"prompt": "1 + 1 = ", "stop": []},
+    )
+    command = ["--logit-bias", f"{one}=1000", "--stop", "11", "--max-new-tokens", "3"]
+    assert run("--raw", "--no-loop-guard", *command) == 0
+    assert [answer["text"] for answer in answers()] == ["", "222", "", "111"]
+    assert [answer["end"] for answer in answers()] == [
+        *["stop_string", "length", "stop_string", "length"]
+    ]
+
+
+def test_a_bias_of_no_token_is_an_error_of_its_line(folder: Path) -> None:
+    ask({"prompt": "1 + 1 = ", "logit_bias": {"800": 1}}, *sums(1))
+    assert run() == 1
+    wrong, right = answers()
+    assert wrong["error"] == "logit_bias is of token 800; the last is 799"
+    assert right["text"] == "122"
 
 
 def test_raw_lines_are_continued_as_they_are(folder: Path) -> None:

@@ -30,6 +30,7 @@ from qwen3_tg.checkpoint.locate import TINY
 from qwen3_tg.reply_loop import BUDGET_SPENT
 
 SUM = [{"role": "user", "content": "What is 37 + 85?"}]
+NO_SAMPLING = r"sampling must be a qwen3_tg\.Sampling, found {}"
 CALCULATOR = {
     "type": "function",
     "function": {
@@ -155,6 +156,29 @@ def test_special_tokens_in_a_message_act_only_when_allowed(llm: LLM) -> None:
     assert llm.tokenizer.decode(safe) == llm.tokenizer.decode(acting)
 
 
+def test_parts_of_text_are_read_as_one_text_wherever_messages_go(llm: LLM) -> None:
+    texts = "What <|im_", "end|>is ", "37 + 85?"
+    parts = [{"type": "text", "text": text} for text in texts]
+    in_parts, whole = ([{"role": "user", "content": c}] for c in (parts, "".join(texts)))
+    assert llm.render(in_parts) == llm.render(whole)
+    assert llm.fit(in_parts) == llm.fit(whole) == (whole, 0)
+    loop = llm.chat(in_parts)
+    assert loop.generation.ids == llm.chat(whole).generation.ids
+    # two parts make no token either
+    assert loop.generation.ids.count(llm.tokenizer.added_tokens["<|im_end|>"]) == 1
+    allowed = [llm.chat(m, allow_special=True).generation.ids for m in (in_parts, whole)]
+    assert allowed[0] == allowed[1] != loop.generation.ids
+    (answer,) = llm.batch(1).answers([in_parts], max_new_tokens=1)
+    assert answer.end and answer.end.prompt_tokens == len(loop.generation.ids)
+    assert llm.chat_with_tools(in_parts, []).messages == whole
+    image = [{"role": "user", "content": [*parts, {"type": "image_url", "image_url": "u"}]}]
+    for take in (llm.render, llm.fit, llm.chat, lambda m: llm.chat_with_tools(m, [])):
+        with pytest.raises(ChatError, match=r"message 0, part 3 .* 'image_url'; .* text only"):
+            take(image)
+        with pytest.raises(ChatError, match="messages must be a list such as"):
+            take("hi")
+
+
 def test_render_is_the_checkpoints_template(llm: LLM) -> None:
     assert rendered(llm) == "<|im_start|>user\nWhat is 37 + 85?<|im_end|>\n<|im_start|>assistant\n"
     off = llm.render(SUM, add_generation_prompt=True, enable_thinking=False)
@@ -205,7 +229,8 @@ def test_the_same_seed_gives_the_same_answer(llm: LLM) -> None:
     [
         ([], {}, ChatError, "no messages"),
         ([{"role": "robot", "content": "x"}], {}, ChatError, "role must be one of"),
-        ([{"role": "user", "content": ["x"]}], {}, ChatError, "content must be a text"),
+        ([{"role": "user", "content": ["x"]}], {}, ChatError, "part 0 of its content: must be"),
+        ([{"role": "user", "content": []}], {}, ChatError, "content must be a text, found list"),
         (SUM, {"thinking_budget": -1}, UsageError, "thinking_budget must be at least 0"),
         (SUM, {"max_new_tokens": 0}, UsageError, "max_new_tokens must be at least 1"),
         (SUM, {"stop": "text"}, UsageError, "stop strings must be a list"),
@@ -214,6 +239,11 @@ def test_the_same_seed_gives_the_same_answer(llm: LLM) -> None:
         (SUM, {"tools": "x"}, ChatError, "tools must be a list"),
         (SUM, {"tools": [1]}, ChatError, "tools must be a list"),
         ([{"role": "user", "content": "7" * 3000}], {}, ContextError, "context 2048"),
+        (SUM, {"sampling": {"temperature": 0}}, UsageError, NO_SAMPLING.format("dict")),
+        (SUM, {"sampling": {}}, UsageError, NO_SAMPLING.format("dict")),
+        (SUM, {"sampling": Sampling}, UsageError, NO_SAMPLING.format("type")),
+        ("hi", {}, ChatError, "messages must be a list such as .*, found 'hi'"),
+        (SUM[0], {}, ChatError, "messages must be a list such as .*, found {'role'"),
     ],
 )
 def test_a_wrong_call_is_refused_before_anything_is_generated(
@@ -226,6 +256,27 @@ def test_a_wrong_call_is_refused_before_anything_is_generated(
 def test_an_empty_prompt_is_refused(llm: LLM) -> None:
     with pytest.raises(UsageError, match="prompt is empty"):
         llm.generate("")
+
+
+@pytest.mark.parametrize("prompt", [b"hi", 5, None, ["hi"]])
+def test_a_prompt_that_is_no_text_is_refused(llm: LLM, prompt: Any) -> None:
+    found = f"the prompt must be a text, found {type(prompt).__name__}"
+    for begin in (llm.generate, llm.completion):
+        with pytest.raises(UsageError, match=found):
+            begin(prompt)
+
+
+def test_what_is_no_sampling_is_refused_wherever_one_is_given(llm: LLM) -> None:
+    wrong: Any = {"temperature": 0}
+    calls: list[Any] = [
+        lambda: llm.generate("1 + 1", sampling=wrong),
+        lambda: llm.completion("1 + 1", sampling=wrong),
+        lambda: llm.generate_ids([1], sampling=wrong),
+        lambda: llm.chat_with_tools(SUM, [], sampling=wrong),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match=NO_SAMPLING.format("dict")):
+            call()
 
 
 def test_context_is_within_what_the_model_was_made_for() -> None:

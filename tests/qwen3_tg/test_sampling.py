@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import qwen3_tg_numpy.sampling as reference
@@ -294,6 +296,27 @@ def test_a_value_out_of_range_is_refused_by_name(name, value, expected):
     assert str(caught.value) == f"{name} must be {expected}, found {value}"
 
 
+@pytest.mark.parametrize("value", ["1", None, [1], 1j, float("nan"), 10**400])
+@pytest.mark.parametrize("setting", dataclasses.fields(Sampling), ids=lambda s: s.name)
+def test_what_is_no_number_is_refused_by_name_with_the_value(
+    setting: dataclasses.Field, value: object
+) -> None:
+    if (setting.name, value) == ("top_k", 10**400):
+        return  # as many as there are
+    with pytest.raises(UsageError) as caught:
+        Sampling(**{setting.name: value})
+    assert str(caught.value).startswith(f"{setting.name} must be ")
+    assert f"found {value!r:.80}" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64, bool])
+def test_numbers_of_other_types_are_numbers(number: type) -> None:
+    names = {setting.name for setting in dataclasses.fields(Sampling)}
+    names -= {"top_k", "seed", "logit_bias"}
+    sampling = Sampling(**{name: number(1) for name in names}, logit_bias={0: number(1)})
+    assert sample(TWENTIETHS, sampling, 0) in range(5)
+
+
 def test_the_ends_of_the_ranges_are_allowed():
     Sampling(temperature=0, top_p=1, top_k=0, min_p=0, seed=0)
     Sampling(temperature=100, top_p=1e-9, top_k=10**9, min_p=1, seed=2**128 - 1)
@@ -307,7 +330,9 @@ def test_a_tiny_temperature_takes_the_likeliest_token() -> None:
     assert sample(np.array([1.0, 30.0, -5.0]), Sampling(temperature=1e-308), 0) == 1
 
 
-@pytest.mark.parametrize("bias", [{-1: 1.0}, {"a": 1.0}, {3: np.inf}, {3: np.nan}, {3: "1"}])
+@pytest.mark.parametrize(
+    "bias", [{-1: 1.0}, {"a": 1.0}, {3: np.inf}, {3: np.nan}, {3: "1"}, {3: 10**400}, {3: None}]
+)
 def test_a_bias_that_is_none_is_refused(bias: dict) -> None:
     with pytest.raises(UsageError, match="logit_bias"):
         Sampling(logit_bias=bias)

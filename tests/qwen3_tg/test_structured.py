@@ -212,6 +212,14 @@ class TestTokens:
             tiny_words.random_answer(Constraint.lark(grammar), 0)
         assert len(str(caught.value)) < 300
 
+    @pytest.mark.parametrize("grammar", ["start: a\na: a", 'start: "x" a\na: a "y"'])
+    def test_a_grammar_that_derives_nothing_is_said_to_do_so(
+        self, tiny_words: Words, grammar: str
+    ) -> None:
+        words = "llguidance says: NoExtensionBias, no whole text follows it; does a rule lead to"
+        with pytest.raises(UnfinishedError, match=f"can be made: {words} itself"):
+            tiny_words.random_answer(Constraint.lark(grammar), 0)
+
     def test_a_token_that_is_not_allowed_is_told_and_not_taken(self, tiny_words: Words) -> None:
         allowed = tiny_words.allowed(Constraint.regex("[0-9]+"))
         with pytest.raises(UnfinishedError, match="can be made"):
@@ -219,6 +227,34 @@ class TestTokens:
 
 
 class TestWrong:
+    @pytest.mark.parametrize("levels", [40, 64, 80, 98, 130, 300, 3000])
+    @pytest.mark.parametrize("kind", ["items", "properties"])
+    def test_a_schema_that_is_nested_too_deeply_is_refused(self, kind: str, levels: int) -> None:
+        schema: dict[str, Any] = {}
+        for _ in range(levels):
+            schema = {kind: {"a": schema} if kind == "properties" else schema}
+        if levels == 40 or (kind == "items" and levels < 100):
+            Constraint.json_schema(schema)
+            return
+        with pytest.raises(UsageError, match=r"^x: (nested too deeply|recursion limit exceeded)"):
+            Constraint.json_schema(schema, "x")
+
+    @pytest.mark.parametrize(
+        ("make", "value"),
+        [
+            (Constraint.regex, "\ud800"),
+            (Constraint.lark, 'start: "\ud800"'),
+            (Constraint.json_schema, {"const": "\ud800"}),
+            (Constraint.json_schema, {"enum": [{1}]}),
+            (Constraint.json_schema, {"const": float("nan")}),
+        ],
+    )
+    def test_what_llguidance_cannot_be_given_is_refused(
+        self, make: Callable[..., Constraint], value: Any
+    ) -> None:
+        with pytest.raises(UsageError, match=r"^x: ."):
+            make(value, "x")
+
     @pytest.mark.parametrize(
         ("make", "problem"),
         [

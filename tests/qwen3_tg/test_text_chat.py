@@ -11,7 +11,7 @@ import pytest
 from text_data import DATA, by_name, read_data
 
 from qwen3_tg import chat
-from qwen3_tg.chat import ChatTemplate, check_messages, encode_chat
+from qwen3_tg.chat import ChatTemplate, check_messages, encode_chat, plain_messages
 from qwen3_tg.errors import ChatError
 
 pytest_plugins = ("text_fixtures",)
@@ -290,7 +290,11 @@ def test_tojson_takes_the_arguments_that_transformers_gives_it():
         ([{"content": "x"}], "message 0: role .* found None"),
         ([{"role": ["user"], "content": "x"}], r"message 0: role .* found \['user'\]"),
         (["hello"], "message 0: role .* found 'hello'"),
-        ("hello", "message 0: role .* found 'h'"),
+        ("hello", "messages must be a list such as .*, found 'hello'$"),
+        (b"hello", "messages must be a list such as .*, found b'hello'$"),
+        (user("x"), "messages must be a list such as .*, found {'role': 'user'"),
+        (None, "messages must be a list such as .*, found None$"),
+        (iter([user("x")]), "messages must be a list such as .*, found <list_iterator"),
         ([user("x"), {"role": "user"}], "message 1: content must be a text, found NoneType"),
         ([{"role": "user", "content": 5}], "message 0: content must be a text, found int"),
         (
@@ -305,6 +309,43 @@ def test_messages_a_template_would_drop_in_silence_are_refused_by_number(message
     with pytest.raises(ChatError, match=f"^{says}") as caught:
         check_messages(messages)
     assert "\n" not in str(caught.value)
+
+
+def text(part: str) -> dict[str, str]:
+    return {"type": "text", "text": part}
+
+
+def test_parts_that_are_texts_are_one_text_and_nothing_is_changed():
+    messages = [
+        {"role": "system", "content": [text("be "), text("brief")]},
+        user("x"),
+        assistant([text("")], tool_calls=[CALL]),
+        {"role": "tool", "content": (text("5"), text(""), text("\n"))},
+        assistant(None, tool_calls=[CALL]),
+    ]
+    before = copy.deepcopy(messages)
+    plain = plain_messages(messages)
+    assert [message["content"] for message in plain] == ["be brief", "x", "", "5\n", None]
+    assert messages == before and plain_messages(plain) == plain
+    rest = [{k: v for k, v in message.items() if k != "content"} for message in messages]
+    assert [{k: v for k, v in m.items() if k != "content"} for m in plain] == rest
+    check_messages(plain)
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([text("x"), {"type": "image_url", "image_url": {"url": "u"}}], "part 1 .* 'image_url'"),
+        ([{"type": "input_audio"}], "type is 'input_audio'; this model reads text only"),
+        ([{"text": "x"}], "type is None; this model reads text only"),
+        ([{"type": "text"}], "text must be a text, found None"),
+        ([text("x"), {"type": "text", "text": 5}], "part 1 .* text must be a text, found 5"),
+        (["x"], 'must be {"type": "text", "text": "..."}, found \'x\''),
+    ],
+)
+def test_a_part_that_is_no_text_is_refused_by_number(parts, says):
+    with pytest.raises(ChatError, match=f"^message 1, .*{says}"):
+        plain_messages([user("x"), {"role": "user", "content": parts}])
 
 
 @pytest.mark.parametrize(

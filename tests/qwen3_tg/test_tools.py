@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 from text_data import read_data
@@ -137,6 +139,92 @@ class TestSchemas:
         for function, problem in problems.items():
             with pytest.raises(UsageError, match=problem):
                 function_schema(function)
+
+    def test_what_is_no_plain_function_is_refused(self, llm: LLM) -> None:
+        class Adder:
+            """Add."""
+
+            def __call__(self, x: int) -> int:
+                return x
+
+        filled = functools.partial(repeat, "x")
+        named = functools.update_wrapper(functools.partial(repeat, "x"), repeat)
+        for callable_ in (int, max, Path, Adder, Adder(), filled, named, len):
+            says = "^a tool must be a plain function with annotations and a docstring, found "
+            with pytest.raises(UsageError, match=says + re.escape(repr(callable_)[:80])):
+                function_schema(callable_)
+            with pytest.raises(UsageError, match=says):
+                Toolbox([callable_])
+            with pytest.raises(UsageError, match=says):
+                llm.chat(QUESTION, tools=[callable_])
+
+    def test_methods_and_functions_in_decorators_are_plain(self) -> None:
+        class Counter:
+            def add(self, x: int) -> int:
+                """Add.
+
+                Args:
+                    x: this
+                """
+                return x + 1
+
+        cached = functools.lru_cache(calculator)
+        assert function_schema(cached) == function_schema(calculator)
+        assert Toolbox([cached]).run(ToolCall("calculator", {"expression": "1 + 1"})).content == "2"
+        assert Toolbox([Counter().add]).run(ToolCall("add", {"x": 1})).content == "2"
+
+    def test_annotated_describes_what_the_docstring_does_not(self) -> None:
+        def find(
+            word: Annotated[str, "what to find"],
+            where: Annotated[str, "not read"],
+            most: Annotated[int, 5, "how many (choices: [1, 2])", "more"] = 1,
+            names: Annotated[Optional[list[Annotated[str, "one"]]], "of files"] = None,  # noqa: UP045
+        ) -> None:
+            """Find it.
+
+            Args:
+                where: in which file
+            """
+
+        found = function_schema(find)["function"]
+        assert found["description"] == "Find it."
+        assert found["parameters"] == {
+            "type": "object",
+            "properties": {
+                "word": {"type": "string", "description": "what to find"},
+                "where": {"type": "string", "description": "in which file"},
+                "most": {
+                    "type": "integer",
+                    "enum": [1, 2],
+                    "description": "how many",
+                    "default": 1,
+                },
+                "names": {
+                    "anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}],
+                    "description": "of files",
+                    "default": None,
+                },
+            },
+            "required": ["word", "where"],
+        }
+
+    @pytest.mark.parametrize("annotation", [Annotated[int, ""], Annotated[int, 5], int])
+    def test_without_a_text_annotated_describes_nothing(self, annotation: Any) -> None:
+        def tool(x: int) -> None:
+            """Do."""
+
+        tool.__annotations__["x"] = annotation
+        with pytest.raises(UsageError, match=r"x: .* under `Args:`, nor does its annotation"):
+            function_schema(tool)
+
+    @pytest.mark.parametrize("annotation", ["Nothing", "Path.Nothing", "a b"])
+    def test_an_annotation_that_cannot_be_read_is_said(self, annotation: str) -> None:
+        def tool(x: int) -> None:
+            """Do."""
+
+        tool.__annotations__["x"] = annotation
+        with pytest.raises(UsageError, match="tool tool: its annotations cannot be resolved"):
+            function_schema(tool)
 
     @pytest.mark.parametrize(
         ("entry", "problem"),
