@@ -40,7 +40,7 @@ _NO_TERMINAL_COLUMNS = 100
 @dataclass(frozen=True)
 class Target:
     """A device to plan for. `free_bytes` is None where it is not known, `factor` is that of the
-    estimate of scratch."""
+    estimate of scratch, `use` what the model is for there."""
 
     policy: devices.Policy
     free_bytes: int | None
