@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen3_tg.generate import Generation
+if TYPE_CHECKING:
+    from qwen3_tg.generate import Generation
 
 LEAST_TOKENS, LEAST_REPEATS = 256, 4
 LONGEST = 512  # cycles, in tokens

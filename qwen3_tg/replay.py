@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +21,11 @@ from qwen3_tg.atomic import replacing
 from qwen3_tg.checkpoint import fingerprint
 from qwen3_tg.device import Policy
 from qwen3_tg.errors import CheckpointError, UsageError
-from qwen3_tg.generate import Step
 from qwen3_tg.llm import LLM
 from qwen3_tg.sampling import Sampling, Seen, sample
+
+if TYPE_CHECKING:
+    from qwen3_tg.generate import Step
 
 _FORMAT, _VERSION = "qwen3_tg generation", 1
 _LARGEST = 8  # logits that are kept of each step

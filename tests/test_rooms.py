@@ -59,6 +59,11 @@ WITHOUT_TINYGRAD += [
     "tools",
     "tool_loop",
     "structured",
+    "loop_guard",
+    "replay",
+    "batch",
+    "usage",
+    *(f"cli.{name}" for name in ("generate", "chat", "batch", "replay", "plan", "bench", "tune")),
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def first_token_s(options: dict[str, Any]) -> tuple[float, float]:
             seconds.append(time.perf_counter() - began)
             if done.returncode:
                 last = (done.stderr.strip() or "no message").splitlines()[-1]
+                last = re.sub(r"^qwen3_tg\.errors\.\w+: ", "", last)
                 raise DeviceError(f"the process for the first token failed: {last}")
     return seconds[0], seconds[1]
 

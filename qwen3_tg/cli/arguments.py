@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +32,8 @@ COMMANDS = {
 }
 # Of other programs of this kind.
 _NO_COMMANDS = ("help", "version", "serve", "run", "list", "ls", "show", "rm", "ps", "models")
+_ENDLESS = ("/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_READ = ("session", "tools", "json_schema", "grammar", "input", "file", "text")
 _FILES = ("session", "tools", "record", "draft", "json_schema", "grammar", "input", "output")
 _DESCRIPTION = """\
 Qwen3 on whatever hardware you have.
@@ -69,6 +72,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in _FILES:
         if getattr(options, name, None) == "":  # such as a variable of a shell that is not set
             raise UsageError(f"--{name.replace('_', '-')} must not be empty")
+    for name in _READ:
+        if os.path.realpath(getattr(options, name, None) or "") in _ENDLESS:
+            raise UsageError(f"{getattr(options, name)} is a device that has no end, and no file")
     if not named and len(options.prompt) == 1 and options.prompt[0] in COMMANDS:
         word = options.prompt[0]
         raise UsageError(
@@ -83,8 +89,9 @@ def _looks_like_a_command(prompt: list[str]) -> bool:
     """Whether it begins with a word of another program, or with one of ours mistyped."""
     if not prompt or len(prompt) > 2:
         return False
-    known = prompt[0] in _NO_COMMANDS
-    return known or bool(difflib.get_close_matches(prompt[0], COMMANDS, n=1, cutoff=0.8))
+    word = prompt[0].lower()
+    known = word in _NO_COMMANDS
+    return known or bool(difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.8))
 
 
 def read_text(words: list[str], keep_end: bool = False) -> str:
@@ -370,6 +377,7 @@ def _add_chat(parser: _Parser) -> None:
 
 
 def _add_tokenize(parser: _Parser) -> None:
+    parser.description = "Show the tokens of a text: of each its id, and the text it stands for."
     parser.add_argument("prompt", nargs="*", metavar="TEXT", help="the text; - is stdin")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--ids", action="store_true", help="only the ids, on one line")
@@ -481,8 +489,9 @@ def _add_bench(parser: _Parser) -> None:
         ("-b", "1", "sequences to decode at once, in turn with one alone"),
     )
     for option, default, what in counts:
+        several = "1,8" if option == "-b" else "0,4096"
         parser.add_argument(
-            option, default=default, metavar="N", help=f"{what}; or several, 0,4096 ({default})"
+            option, default=default, metavar="N", help=f"{what}; or several, {several} ({default})"
         )
     parser.add_argument(
         "-r", type=int, default=5, metavar="N", help="rounds, after one that is not counted (5)"

@@ -200,9 +200,11 @@ class Answers:
             except (ValueError, RecursionError, TypeError, KeyError):
                 raise UsageError(f"{where} is no answer of ours: name another file") from None
             if keys.get(number) != key and not (self._retry and "error" in answer):
+                todo = "name another file, or go on with the same input and options"
+                if "error" in answer:
+                    todo = "--retry asks a line again whose answer is an error"
                 raise UsageError(
-                    f"{where} answers another prompt, or another model or other options: name "
-                    "another file, or go on with the same input and options"
+                    f"{where} answers another prompt, or another model or other options: {todo}"
                 )
             self._add(number, answer)
         if rest and not (rest.startswith(_BEGIN) or _BEGIN.startswith(rest)):

@@ -4,13 +4,16 @@ took away. To stderr."""
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qwen3_tg.cli import terminal
-from qwen3_tg.generate import Step
 from qwen3_tg.sampling import Candidates, explain
 from qwen3_tg.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwen3_tg.generate import Step
 
 _SHOWN = 4  # candidates of each step, and of those it took
 

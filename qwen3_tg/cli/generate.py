@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3_tg import usage
 from qwen3_tg.chat import Message
@@ -18,12 +18,14 @@ from qwen3_tg.cli.explain import Explainer
 from qwen3_tg.cli.structured import read_constraint
 from qwen3_tg.cli.tool_files import read_tools
 from qwen3_tg.errors import UnfinishedError, UsageError, check_count
-from qwen3_tg.generate import OnStep, Step
 from qwen3_tg.llm import LLM, load
-from qwen3_tg.loop_guard import OnNotice
 from qwen3_tg.replay import Recording
 from qwen3_tg.reply import Piece
 from qwen3_tg.sampling import Sampling
+
+if TYPE_CHECKING:
+    from qwen3_tg.generate import OnStep, Step
+    from qwen3_tg.loop_guard import OnNotice
 
 
 def generate(options: argparse.Namespace) -> None:

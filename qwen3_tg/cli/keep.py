@@ -37,9 +37,11 @@ class Keeper:
             self._computed.load(path)
         else:
             self._computed.check(path)
-            terminal.note(f"(the conversation is kept in {path})")
+        is_new = not _exists(path)
         self._path, self._always = path, True
         self._write(path)  # an unwritable place is found now, not after an answer
+        if is_new:
+            terminal.note(f"(the conversation is kept in {path})")
 
     @property
     def kept_in(self) -> Path | None:

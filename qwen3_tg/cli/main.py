@@ -16,9 +16,12 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from qwen3_tg import compiler
 from qwen3_tg.cli import arguments
 from qwen3_tg.errors import Qwen3Error, UsageError
 
+# Commands whose modules import tinygrad, which reads some of its settings only then.
+_WITH_TINYGRAD = ("check", "kernels")
 # Commands whose 1 says that something was found wrong, and not that nothing could be found.
 _VERDICTS = (["check"], ["replay"])
 
@@ -94,6 +97,8 @@ def _repeat_ctrl_c(unraisable: sys.UnraisableHookArgs) -> None:
 def _run(options: argparse.Namespace) -> int | None:
     """The exit code; None is 0."""
     module, _, function = arguments.COMMANDS[options.command].partition(":")
+    if options.command in _WITH_TINYGRAD:
+        compiler.prepare_environment()
     run: Callable[[argparse.Namespace], int | None] = getattr(
         import_module(f"qwen3_tg.cli.{module}"), function
     )

@@ -79,7 +79,7 @@ def plan(options: argparse.Namespace) -> None:
     """Find the model, plan it for each device, and print that."""
     forms = _read_forms(options.quant)
     contexts = _read_contexts(options.context)
-    memory_bytes = read_size("--memory", options.memory) if options.memory else None
+    memory_bytes = read_size("--memory", options.memory, least=2**20) if options.memory else None
     check_count("--batch", options.batch, least=1)
     if options.batch and options.draft:
         raise UsageError("--draft guesses for one prompt at a time, not for --batch")

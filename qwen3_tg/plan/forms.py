@@ -32,7 +32,7 @@ def check_form(typed: str) -> str:
     """The key of FORMS that is meant. Raises UsageError."""
     if form := form_of_name(typed):
         return form
-    raise UsageError(f"unknown quantisation {typed!r}; known: {', '.join(FORMS)}, all")
+    raise UsageError(f"unknown quantisation {typed!r}; known: {', '.join(FORMS)}")
 
 
 def form_of_name(text: str) -> str | None:

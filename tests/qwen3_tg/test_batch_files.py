@@ -190,6 +190,7 @@ def test_nothing_is_done_twice(folder: Path, capfd: pytest.CaptureFixture[str]) 
     assert run("--retry") == 1 and answers()[3]["error"] == "the prompt is empty"
     ask(*sums(3), "What is 2 + 2?")  # what was wrong with the line is mended
     assert run() == 2
+    assert "--retry asks a line again whose answer is an error" in capfd.readouterr().err
     assert run("--retry") == 0 and answers()[3]["text"] == "4"
     Path("out.jsonl").write_bytes(b"".join(before.splitlines(keepends=True)[:3]))
     ask(*sums(3), "What is 1 + 1?")  # more can be asked later

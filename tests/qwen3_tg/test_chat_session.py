@@ -215,6 +215,13 @@ class TestChat:
         assert f"(from now on it is kept there, and {old} stays as it is)" in err
         assert f"(forgotten in {other}, too; /undo brings it back)" in err
 
+    def test_nothing_is_said_to_be_kept_where_it_cannot(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(monkeypatch, "hi\n", "--session", str(tmp_path / "no" / "s")) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "cannot be written" in line
+
     def test_what_the_command_line_says_is_told_and_goes_first(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -412,7 +412,7 @@ class TestTokenizeAndDevices:
         assert cpu["works"] and cpu["memory_bytes"] > cpu["free_memory_bytes"] > 0
         assert all(one["works"] or one["missing"] for one in found["devices"])
 
-    @pytest.mark.parametrize("words", [["serve"], ["chatt"], ["run", "qwen3"]])
+    @pytest.mark.parametrize("words", [["serve"], ["chatt"], ["Chat"], ["run", "qwen3"]])
     def test_what_looks_like_a_command_is_sent_and_told(
         self, words: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -422,6 +422,18 @@ class TestTokenizeAndDevices:
         main([*options, "hello there", "chatt"])
         main(["generate", *options, *words])
         assert "is no command" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "line",
+        ["chat --session", "chat --tools", "--json-schema", "--grammar", "--input", "replay"],
+    )
+    @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full"])
+    def test_what_has_no_end_is_not_read(
+        self, line: str, device: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*line.split(), device]) == 2
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told == f"error: {device} is a device that has no end, and no file"
 
     @pytest.mark.parametrize("name", ["session", "tools"])
     def test_an_empty_name_of_a_file_is_refused(

@@ -11,6 +11,7 @@ import pytest
 from conftest import with_cache
 from tinygrad import codegen
 
+from qwen3_tg.cli import main
 from qwen3_tg.kernel_cache import KernelCache
 
 CODE = """
@@ -106,3 +107,32 @@ def test_an_unwritable_directory_is_no_error(
     cache.save()
     cache.load()
     assert programs == {"key": "program"}
+
+
+COMMANDS = ["--thinking off hi", "--input questions.jsonl", "chat", "check tiny", "kernels tiny"]
+COMMANDS += ["replay recorded.json", "bench tiny -p 0 -n 1 -r 1"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_keeps_kernels_in_our_file_and_not_in_tinygrads(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tinygrad reads where they go when it is imported."""
+    (tmp_path / "questions.jsonl").write_text('"hi"\n')
+    if line.startswith("replay"):
+        monkeypatch.setattr("sys.stdin", None)
+        assert main(["--record", str(tmp_path / "recorded.json"), "hi"]) == 0
+    env = with_cache(tmp_path / "cache") | {"DEV": "CPU"}
+    call = [sys.executable, "-m", "qwen3_tg", *line.split()]
+    subprocess.run(
+        call, env=env, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL, capture_output=True
+    )
+    assert not (tmp_path / "cache" / "tinygrad").exists()
+    assert list((tmp_path / "cache" / "qwen3_tg").glob("kernels-*.db"))
+
+
+def test_a_folder_that_cannot_be_made_costs_time_only(tmp_path: Path) -> None:
+    env = with_cache(Path("/dev/null")) | {"DEV": "CPU"}
+    call = [sys.executable, "-m", "qwen3_tg", "--temperature", "0", "What is 37 + 85?"]
+    done = subprocess.run(call, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "122\n"), done.stderr

@@ -559,6 +559,7 @@ class TestCommand:
             ("Qwen3-8B --batch 2 --draft Qwen3-0.6B", "one prompt at a time, not for --batch", 2),
             ("Qwen3-8B --draft tiny", "the draft model tiny has a vocabulary of 800 ids", 2),
             ("Qwen3-8B --memory lots", "--memory must be a size such as 24GB", 2),
+            ("Qwen3-8B --memory 24", "--memory must be a size such as 24GB", 2),
             ("Qwen3-8B --memory 0", "--memory must be a size such as 24GB", 2),
             ("Qwen3-8B --memory 8GB --context 200000", "context must be from 1 to 131072", 2),
             ("Qwen3-8B --kv-dtype int4", "invalid choice: 'int4'", 2),
