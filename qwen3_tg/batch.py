@@ -20,10 +20,10 @@ from qwen3_tg.errors import DeviceError, Qwen3Error, UsageError
 from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
 from qwen3_tg.reply_loop import ReplyLoop
 from qwen3_tg.sampling import Sampling
-from qwen3_tg.slots import Slots
 
 if TYPE_CHECKING:
     from qwen3_tg.generate import Generation
+    from qwen3_tg.slots import Slots
 
 
 # Begins the reply to a conversation or text, with these options, whose logits come from a row.
