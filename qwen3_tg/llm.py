@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -195,6 +195,12 @@ class LLM:
             ids |= {added[t] for t in ("<|im_end|>",) if t in added and t in template}
             ids |= {added[t] for t in ("<|endoftext|>",) if t in added}
         return frozenset(ids)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM can be neither copied nor pickled: its weights are on a device. Threads may "
+            "share it; in another process, load it there"
+        )
 
     def lower_by(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Capture graphs within another context than that which applies what was tuned."""
@@ -442,6 +448,7 @@ class LLM:
         **template_kwargs: Any,
     ) -> ReplyLoop:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
+        `close()` of what this gives ends it before.
 
         A message's content is a text, or a list of `{"type": "text", "text": "..."}`, as in
         OpenAI's API, which are joined; parts of another type are refused.

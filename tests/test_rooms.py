@@ -26,6 +26,7 @@ FLOORS = [
         "hub",
         "pace",
         "json_schema",
+        "one_reader",
         "tool_schema",
     ],
     ["config", "tokenizer", "reply", "device"],

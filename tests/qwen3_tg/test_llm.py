@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 import os
+import pickle
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,6 +286,53 @@ def test_what_is_no_sampling_is_refused_wherever_one_is_given(llm: LLM) -> None:
 def test_context_is_within_what_the_model_was_made_for() -> None:
     with pytest.raises(UsageError, match=r"context must be from 1 to 8192 .* found 8193"):
         qwen3_tg.load("tiny", context=8193)
+
+
+def test_what_ends_a_reply_also_ends_it_for_another_reader(llm: LLM) -> None:
+    loop = llm.chat(SUM)
+    with contextlib.closing(loop):
+        assert isinstance(next(loop), Thinking)
+    assert list(loop) == []
+    loop.close()
+    tools = llm.chat_with_tools(SUM, [])
+    with contextlib.closing(tools):
+        next(tools)
+    assert list(tools) == []
+    assert joined(llm.chat(SUM), Text) == "122"
+
+
+def test_a_reply_is_for_one_thread_at_a_time(llm: LLM) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(step: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    for end in (False, True):
+        inside.clear()
+        go_on.clear()
+        loop = llm.chat(SUM, on_step=wait)
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda f, p: f.extend(p), args=(found, loop))
+        thread.start()
+        assert inside.wait(60)
+        with pytest.raises(UsageError, match="a reply is being read already"):
+            next(loop)
+        if end:
+            loop.close()
+        go_on.set()
+        thread.join()
+        if end:
+            assert len(found) <= 1
+        else:
+            assert joined(iter(found), Text) == "122" and isinstance(found[-1], End)
+        assert list(loop) == []
+
+
+def test_a_model_is_neither_copied_nor_pickled(llm: LLM) -> None:
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="an LLM can be neither copied nor pickled"):
+            way(llm)
 
 
 class TestCheckpointsThatLackSomething:
