@@ -10,6 +10,7 @@ import numpy as np
 import qwen3_tg
 
 llm = qwen3_tg.load(sys.argv[1] if len(sys.argv) > 1 else "tiny")
+assert llm.tokenizer  # a checkpoint of ids alone has none
 prompt = llm.render([{"role": "user", "content": "7 + 5"}], add_generation_prompt=True)
 print(prompt)
 ids = llm.tokenizer.encode(prompt)

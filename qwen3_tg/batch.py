@@ -20,10 +20,10 @@ from qwen3_tg.errors import DeviceError, Qwen3Error, UsageError
 from qwen3_tg.reply import End, Piece, Text, Thinking, ToolCall
 from qwen3_tg.reply_loop import ReplyLoop
 from qwen3_tg.sampling import Sampling
-from qwen3_tg.slots import Slots
 
 if TYPE_CHECKING:
     from qwen3_tg.generate import Generation
+    from qwen3_tg.slots import Slots
 
 
 # Begins the reply to a conversation or text, with these options, whose logits come from a row.
@@ -78,6 +78,10 @@ class Batch:
         answer. `options` are those of all, as in Request. Each draws random numbers of its own,
         which depend on the seed and on how many requests came before.
 
+        A request is taken when a slot is free, and all wait while `requests` makes it: a generator
+        that blocks holds back answers that are done. What it raises is raised here, after the
+        answers under way have been given.
+
         Raises DeviceError where there is no memory for the slots."""
         if isinstance(requests, str):
             raise UsageError("answers() takes a list of texts or conversations, found one text")
@@ -99,10 +103,14 @@ class Batch:
         options: Mapping[str, Any],
         rows: list[_Row],
     ) -> Iterator[Answer]:
-        more = True
+        more, failure = True, None
         while more or rows:
             while more and self._slots.free:
-                following = next(waiting, None)
+                following = None
+                try:
+                    following = next(waiting, None)
+                except Exception as e:  # the caller's own, and raised below
+                    failure = e
                 if following is None:
                     more = False
                 elif isinstance(begun := self._start(*following, options), Answer):
@@ -110,6 +118,8 @@ class Batch:
                 else:
                     rows.append(begun)
             yield from self._go_on(rows)
+        if failure is not None:
+            raise failure
 
     def _start(
         self,

@@ -8,7 +8,7 @@ gives the same text. Knows nothing of the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -141,7 +141,8 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> None:
     """Refuse what a template would render as something else. Raises ChatError."""
     if tools is None:
         return
-    if isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools):
+    is_list = isinstance(tools, Iterable) and not isinstance(tools, (str, Mapping))
+    if not is_list or not all(isinstance(tool, Mapping) for tool in tools):
         raise ChatError(f"tools must be a list of JSON schemas as dicts, found {tools!r:.80}")
 
 

@@ -14,8 +14,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from inspect import signature
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never, NoReturn, TypeVar, cast
 
 import numpy as np
 
@@ -54,12 +56,17 @@ if TYPE_CHECKING:
 # As JSON schemas, or as Python functions whose schema is read from signature and docstring.
 Tools = Sequence[Mapping[str, Any] | Callable[..., Any] | Tool]
 
+# A message as the caller writes it, such as a dict[str, str].
+M = TypeVar("M", bound=Message)
+
+_HOW_TO_SAMPLE = "how to sample is given by sampling=Sampling(temperature=..., top_p=..., seed=...)"
+
 # Of conversations other than the last one, in the host's memory.
 PREFIX_CACHE_BYTES = 2**30
 
 
 def load(
-    model: str = "tiny",
+    model: str | Path = "tiny",
     device: str | None = None,
     dtype: str | None = None,
     context: int | None = None,
@@ -68,7 +75,7 @@ def load(
     kernels: str | None = None,
     threads: int | None = None,
     speculate: str | None = None,
-    draft: str | None = None,
+    draft: str | Path | None = None,
     prefix_cache_bytes: int | None = None,
 ) -> LLM:
     """Load a model: "tiny" (the embedded one), a Hugging Face directory, a GGUF file, or a name in
@@ -92,6 +99,9 @@ def load(
 
     Sets the environment variables CC, CACHEDB and PARALLEL of this process where tinygrad needs
     it. Raises a Qwen3Error that says what to do: CheckpointError, DeviceError or UsageError."""
+    for name, value in (("model", model), ("draft", draft or "")):
+        if not isinstance(value, str | PathLike):
+            raise UsageError(f"{name} must be a name or a path, found {value!r:.80}")
     with _collecting_later():
         checkpoint = open_checkpoint(str(model))
         config, context, remark = checkpoint.config.with_context(context)
@@ -102,13 +112,17 @@ def load(
         return LLM(checkpoint, policy, context, on_progress, speculate, smaller, prefix_cache_bytes)
 
 
-def _draft(name: str, policy: devices.Policy, context: int) -> LLM:
+def _draft(name: str | Path, policy: devices.Policy, context: int) -> LLM:
     """The model that guesses, with this context or the shorter one it was made for. It keeps no
     other conversations: it is small, and their room is the model's."""
     checkpoint = open_checkpoint(str(name))
     own = checkpoint.config.with_context(None)[1]
     config, context, _ = checkpoint.config.with_context(min(context, own))
     return LLM(replace(checkpoint, config=config), policy, context, prefix_cache_bytes=0)
+
+
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, Collection) and all(isinstance(id, Integral) for id in ids)
 
 
 @contextmanager
@@ -195,6 +209,12 @@ class LLM:
             ids |= {added[t] for t in ("<|im_end|>",) if t in added and t in template}
             ids |= {added[t] for t in ("<|endoftext|>",) if t in added}
         return frozenset(ids)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM can be neither copied nor pickled: its weights are on a device. Threads may "
+            "share it; in another process, load it there"
+        )
 
     def lower_by(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Capture graphs within another context than that which applies what was tuned."""
@@ -294,31 +314,35 @@ class LLM:
         add_generation_prompt: bool = False,
         **template_kwargs: Any,
     ) -> str:
-        """The text of a conversation, by the checkpoint's own template. Raises ChatError."""
+        """The text of a conversation, by the checkpoint's own template. Raises ChatError, also for
+        what the template would leave out in silence, such as a message of another role."""
+        messages, schemas = plain_messages(messages), schemas_of(tools)
+        check_messages(messages)
+        check_tools(schemas)
         names = dict(self.checkpoint.special_tokens) | template_kwargs
-        return self.chat_template.render(
-            plain_messages(messages), schemas_of(tools), add_generation_prompt, **names
-        )
+        return self.chat_template.render(messages, schemas, add_generation_prompt, **names)
 
     def fit(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[M],
         tools: Tools | None = None,
         thinking: bool = True,
         room: int | None = None,
-    ) -> tuple[list[Message], int]:
+    ) -> tuple[list[M], int]:
         """A conversation that fits in the context with `room` tokens for the answer, by default a
         quarter of it: without as many of its oldest turns as needed, and how many those were.
 
         Raises ContextError where the system message and the last turn alone are too long."""
-        messages = plain_messages(messages)
-        check_messages(messages)
+        check_count("room", room, least=1)
+        plain = plain_messages(messages)
+        check_messages(plain)
         schemas = schemas_of(tools)
 
         def count(some: Sequence[Message]) -> int:
             return len(self._encode(some, schemas, thinking, False, {})[1])
 
-        return fit(messages, count, self.context, room)
+        kept, dropped = fit(plain, count, self.context, room)
+        return cast(list[M], kept), dropped
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: (S, V) float32."""
@@ -345,7 +369,10 @@ class LLM:
         from qwen3_tg.generate import Generation
 
         sampling = self._choose_sampling(sampling)
-        stop_ids = self.stop_ids if stop_ids is None else stop_ids
+        if stop_ids is None:
+            stop_ids = self.stop_ids
+        elif not _are_ids(stop_ids):
+            raise UsageError(f"stop_ids must be a collection of ids, found {stop_ids!r:.80}")
         speculation = None
         if self.draft and model is None:
             speculation = Speculation(Draft(self.draft._engine))
@@ -365,6 +392,7 @@ class LLM:
         loop_guard: bool = True,
         on_notice: OnNotice | None = None,
         constraint: Constraint | None = None,
+        **unknown: Never,
     ) -> Iterator[str]:
         """Continue a text as it is, without a template; special tokens in it act as such.
 
@@ -380,6 +408,7 @@ class LLM:
             loop_guard=loop_guard,
             on_notice=on_notice,
             constraint=constraint,
+            **unknown,
         )
 
         def stream() -> Iterator[str]:
@@ -403,10 +432,14 @@ class LLM:
         on_notice: OnNotice | None = None,
         constraint: Constraint | None = None,
         model: Model | None = None,
+        **unknown: Never,
     ) -> ReplyLoop:
         """The same as pieces, Text and End. `model` as for generate_ids."""
         from qwen3_tg.loop_guard import LoopGuard
 
+        if unknown:
+            name = min(unknown)
+            raise UsageError(f"continuing a text has no parameter {name!r}; {_HOW_TO_SAMPLE}")
         if not isinstance(prompt, str):
             raise UsageError(f"the prompt must be a text, found {type(prompt).__name__}")
         if not prompt:
@@ -442,6 +475,7 @@ class LLM:
         **template_kwargs: Any,
     ) -> ReplyLoop:
         """The model's next turn, in pieces: Thinking, Text and ToolCall as they come, End at last.
+        `close()` of what this gives ends it before.
 
         A message's content is a text, or a list of `{"type": "text", "text": "..."}`, as in
         OpenAI's API, which are joined; parts of another type are refused.
@@ -464,8 +498,8 @@ class LLM:
             raise UsageError(f"thinking must be True or False, found {thinking!r}")
         if unknown := set(template_kwargs) - self.chat_template.variables - {"enable_thinking"}:
             raise UsageError(
-                f"chat() has no parameter {min(unknown)!r}, nor has this model's template; how to "
-                "sample is given by sampling=Sampling(temperature=..., top_p=..., seed=...)"
+                f"chat() has no parameter {min(unknown)!r}, nor has this model's template; "
+                f"{_HOW_TO_SAMPLE}"
             )
         check_count("thinking_budget", thinking_budget, least=0)
         check_count("max_new_tokens", max_new_tokens, least=1)
@@ -580,6 +614,11 @@ class LLM:
         """Let the constraint, if there is one, choose what this generation may take."""
         if constraint is None:
             return None
+        if not isinstance(constraint, Constraint):
+            raise UsageError(
+                "constraint must be a qwen3_tg.Constraint, made by .json_schema(), .regex() or "
+                f".lark(), found {constraint!r:.80}"
+            )
         if stop or tools:
             raise UsageError(
                 "a constraint goes with neither tools nor stop strings: a call or a cut answer "

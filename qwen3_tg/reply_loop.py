@@ -3,11 +3,11 @@ stop string or the loop guard ends it. Knows no templates and no devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
+from qwen3_tg.one_reader import OneReader
 from qwen3_tg.reply import END_THINK, End, Piece, ReplyParser, Text
 from qwen3_tg.stop_strings import StopStrings
 from qwen3_tg.structured import Allowed
@@ -32,7 +32,9 @@ class ReplyLoop(Iterator[Piece]):
 
     It is made of ids, how they read, and what may end it: `thinking_budget` and `max_new_tokens`
     are tokens of thinking and of the answer; `allowed` is set where it must have a form. Thinking
-    is also closed where the context has room for the answer alone."""
+    is also closed where the context has room for the answer alone.
+
+    It has one reader at a time: UsageError for another thread that asks meanwhile."""
 
     generation: Generation
     tokenizer: Tokenizer
@@ -46,7 +48,11 @@ class ReplyLoop(Iterator[Piece]):
     def __post_init__(self) -> None:
         self._closing = self.tokenizer.encode(BUDGET_SPENT)
         self._room = self.generation.room
-        self._pieces = chain.from_iterable(self.steps())
+        self._pieces = OneReader(self._flat(), "a reply")
+
+    def _flat(self) -> Generator[Piece, None, None]:
+        for pieces in self.steps():
+            yield from pieces
 
     @property
     def _kept_room(self) -> int:
@@ -73,6 +79,10 @@ class ReplyLoop(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         return next(self._pieces)
+
+    def close(self) -> None:
+        """End it here, without End. Another thread may do it: who reads gets one more piece."""
+        self._pieces.close()
 
     def steps(self) -> Iterator[list[Piece]]:
         """The same, as they become certain token by token: each `next` draws one at most, and none

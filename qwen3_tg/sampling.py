@@ -87,6 +87,10 @@ class Sampling:
             if not isinstance(bias, Real) or not (bias == -math.inf or _is_finite(bias)):
                 raise UsageError(f"logit_bias of {id} must be a number or -inf, found {bias!r:.80}")
 
+    def __hash__(self) -> int:
+        numbers = (getattr(self, setting.name) for setting in fields(self)[:-1])
+        return hash((*numbers, frozenset(self.logit_bias.items())))
+
     def another(self, number: int) -> Sampling:
         """For the number-th of several answers with one seed, from 0 on: the same with a seed of
         its own, which JSON's numbers hold exactly in every program."""

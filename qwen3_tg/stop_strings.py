@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from qwen3_tg.errors import UsageError
 
@@ -22,7 +22,8 @@ class StopStrings:
     """Text in, text out up to the first of `strings`; `found` says whether one came."""
 
     def __init__(self, strings: Sequence[str]):
-        if isinstance(strings, str) or not all(isinstance(s, str) and s for s in strings):
+        is_list = isinstance(strings, Collection) and not isinstance(strings, str)
+        if not is_list or not all(isinstance(s, str) and s for s in strings):
             raise UsageError(f"stop strings must be a list of texts, none empty, found {strings!r}")
         self._strings, self._held, self.found = tuple(strings), "", False
 

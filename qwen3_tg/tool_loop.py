@@ -5,11 +5,12 @@ Knows no model: a turn is asked for by a function that takes messages and gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from qwen3_tg.chat import Message
 from qwen3_tg.errors import ChatError, check_count
+from qwen3_tg.one_reader import OneReader
 from qwen3_tg.reply import CALL, END_CALL, End, Piece, Text, Thinking, ToolCall
 from qwen3_tg.tools import Toolbox, ToolResult, unreadable
 
@@ -23,18 +24,23 @@ class ToolLoop(Iterator[Piece | ToolResult]):
 
     `messages` is the conversation so far, as the chat template takes it: at first those given, and
     after each turn with its message and the results of its calls. A turn that is cut, by
-    max_new_tokens, a full context or the loop guard, is the last, and its calls are not run."""
+    max_new_tokens, a full context or the loop guard, is the last, and its calls are not run.
+    It has one reader at a time, as one reply has."""
 
     def __init__(self, ask: Ask, messages: Sequence[Message], tools: Toolbox, max_rounds: int = 10):
         check_count("max_rounds", max_rounds, least=1)
         self.messages: list[Message] = list(messages)
         self._ask, self._tools, self._max_rounds = ask, tools, max_rounds
-        self._pieces = self._turns()
+        self._pieces = OneReader(self._turns(), "a conversation with tools")
 
     def __next__(self) -> Piece | ToolResult:
         return next(self._pieces)
 
-    def _turns(self) -> Iterator[Piece | ToolResult]:
+    def close(self) -> None:
+        """End it here; a turn that is not complete is as if never made."""
+        self._pieces.close()
+
+    def _turns(self) -> Generator[Piece | ToolResult, None, None]:
         for rounds in range(self._max_rounds + 1):
             turn = _Turn(bool(self._tools.schemas))
             for piece in self._ask(self.messages, rounds):

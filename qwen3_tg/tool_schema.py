@@ -31,6 +31,11 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
     Raises UsageError for what is no plain function or method, for one without annotations or
     docstring, and for a type that JSON has not."""
+    if _is_async(function):
+        raise UsageError(
+            f"tool {getattr(function, '__name__', function)!s:.80} is async, which no tool can be; "
+            "write a plain function that waits for it, such as by asyncio.run()"
+        )
     if not _is_plain(function):
         raise UsageError(
             "a tool must be a plain function with annotations and a docstring, found "
@@ -75,13 +80,19 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _is_plain(function: Any) -> bool:
-    """Whether it is a function or method, perhaps in a decorator that says which, and no async one.
-    A functools.partial is none: its signature still has the parameters that it fills in."""
+    """Whether it is a function or method, perhaps in a decorator that says which. A
+    functools.partial is none: its signature still has the parameters that it fills in."""
     if not callable(function) or isinstance(function, (type, functools.partial)):
         return False
     inner = inspect.unwrap(function)
-    is_function = inspect.isfunction(inner) or inspect.ismethod(inner)
-    return is_function and not inspect.iscoroutinefunction(inner)
+    return inspect.isfunction(inner) or inspect.ismethod(inner)
+
+
+def _is_async(function: Any) -> bool:
+    if not callable(function):
+        return False
+    inner = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)
 
 
 def _annotated_text(annotation: Any) -> str:

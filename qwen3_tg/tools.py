@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Tool:
 
 def schemas_of(tools: Sequence[Any] | None) -> list[Mapping[str, Any]] | None:
     """What the chat template takes, of Python functions, `Tool`s and schemas side by side."""
-    if tools is None or isinstance(tools, (str, Mapping)):
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Iterable):
         return tools  # type: ignore[return-value]  # chat.check_tools says what is wrong
     return [
         tool.schema if isinstance(tool, Tool) else function_schema(tool) if callable(tool) else tool
@@ -107,6 +107,8 @@ class Toolbox:
     def __init__(self, tools: Sequence[Tool | Callable[..., Any]]):
         if callable(tools) or isinstance(tools, Tool):
             raise UsageError("tools are a list of functions, found a single one")
+        if not isinstance(tools, Iterable) or isinstance(tools, (str, Mapping)):
+            raise UsageError(f"tools are a list of functions, found {tools!r:.80}")
         self._tools: dict[str, Tool] = {}
         for tool in tools:
             tool = tool if isinstance(tool, Tool) else Tool.of(tool)

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from qwen3_tg.errors import CheckpointError, UnsupportedError, UsageError
@@ -135,6 +136,8 @@ def for_context(
     if context is None:
         longest = max(max_position_embeddings, yarn.longest) if yarn else native
         return longest, yarn, f"{yarn}, set by the checkpoint; {_cost(native)}" if yarn else ""
+    if not isinstance(context, Integral):
+        raise UsageError(f"context must be an integer, found {context!r:.80}")
     if context not in range(1, most + 1):
         raise UsageError(
             f"context must be from 1 to {most} for this model, found {context}: it was trained on "

@@ -9,6 +9,30 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# What a program with strict types writes, as the docs have it.
+TYPED = """
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import qwen3_tg
+from qwen3_tg import Answer, Batch, Generation, Request, Sampling, Slots
+
+llm = qwen3_tg.load(Path("model"), draft=Path("smaller"))
+messages = [{"role": "user", "content": "hi"}]
+messages, dropped = llm.fit(messages)
+others: list[dict[str, Any]] = []
+others, dropped = llm.fit(others)
+with contextlib.closing(llm.chat(messages)) as reply:
+    print(next(reply))
+ids: Generation = llm.generate_ids([1])
+slots: Slots = llm.slots(2)
+batch: Batch = llm.batch()
+for answer in batch.answers([Request(messages, {"thinking": False}), messages, "a text"]):
+    one: Answer = answer
+print({Sampling(): 1})
+llm.generate("a", temperature=0)
+"""
 EXPECTED = {
     "batch.py": ["What is 24 + 216? 240\n", " tokens/s"],
     "chat.py": ["> What is 37 + 85?", "= 122 ", "= 134 "],
@@ -28,3 +52,14 @@ def test_an_example_runs_and_prints_what_it_promises(path: Path) -> None:
     assert run.returncode == 0, run.stderr
     for text in EXPECTED[path.name]:
         assert text in run.stdout
+
+
+def test_examples_and_what_the_docs_write_have_the_right_types(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(TYPED)
+    files = [*sorted(EXAMPLES.glob("*.py")), program]
+    command = [sys.executable, "-m", "mypy", "--strict", *files]
+    run = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300)
+    errors = [line for line in run.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1, run.stdout + run.stderr  # the one that is meant
+    assert 'Argument "temperature" to "generate"' in errors[0]

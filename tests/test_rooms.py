@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ FLOORS = [
         "hub",
         "pace",
         "json_schema",
+        "one_reader",
         "tool_schema",
     ],
     ["config", "tokenizer", "reply", "device"],
@@ -60,6 +62,8 @@ WITHOUT_TINYGRAD += [
     "tool_loop",
     "structured",
     "loop_guard",
+    "reply_loop",
+    "llm",
     "replay",
     "batch",
     "usage",
@@ -163,6 +167,31 @@ def test_importing_the_package_is_cheap() -> None:
     code = "import qwen3_tg, sys; heavy = {'tinygrad', 'numpy', 'tokenizers', 'jinja2'}; "
     code += "sys.exit(bool(heavy & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_public_name_imports_tinygrad_before_its_environment_is_prepared() -> None:
+    # prepare_environment leaves CACHEDB alone where tinygrad has been imported already
+    code = "import qwen3_tg, os, sys; [getattr(qwen3_tg, name) for name in dir(qwen3_tg)]; "
+    code += "from qwen3_tg import Request, Batch, Answer; assert 'tinygrad' not in sys.modules; "
+    code += "from qwen3_tg import Generation, Slots; assert 'tinygrad' in sys.modules; "
+    code += "sys.exit('CACHEDB' not in os.environ)"
+    environment = {name: value for name, value in os.environ.items() if name != "CACHEDB"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_dir_and_help_show_what_is_public() -> None:
+    code = "import qwen3_tg; assert 'load' in dir(qwen3_tg) and 'Any' not in dir(qwen3_tg); "
+    code += "assert set(qwen3_tg.__all__) < set(dir(qwen3_tg)); import pydoc; "
+    code += "print(pydoc.render_doc(qwen3_tg, renderer=pydoc.plaintext))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for shown in (
+        "load         a checkpoint",
+        "FUNCTIONS\n    load(",
+        "class LLM(",
+        "class Request(",
+    ):
+        assert shown in run.stdout, shown
 
 
 def test_model_and_reference_have_the_same_parts_in_the_same_order() -> None:

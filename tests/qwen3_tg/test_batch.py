@@ -265,6 +265,28 @@ def test_no_more_requests_are_taken_than_there_are_slots(fast: LLM) -> None:
     assert len(list(answers)) == len(SUMS) - 1
 
 
+def test_what_requests_raise_comes_after_the_answers_under_way(fast: LLM) -> None:
+    def requests() -> Iterator[list[dict[str, str]]]:
+        yield question(5, 6)
+        yield question(7, 8)
+        raise LookupError("no more of them")
+
+    batch, found = fast.batch(3), []
+    with pytest.raises(LookupError, match="no more of them"):
+        for answer in batch.answers(requests(), sampling=Sampling(temperature=0)):
+            found.append(answer.text)
+    assert sorted(found) == ["11", "15"]
+    again = by_number(batch.answers([question(5, 6)], sampling=Sampling(temperature=0)))
+    assert again[0].text == "11"
+
+    def interrupted() -> Iterator[list[dict[str, str]]]:
+        yield question(5, 6)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # at once
+        next(batch.answers(interrupted()))
+
+
 def test_steps_are_shared(fast: LLM) -> None:
     batch = fast.batch(4)
     list(batch.answers([question(5, 6)] * 4, sampling=Sampling(temperature=0)))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 import os
+import pickle
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -236,7 +240,10 @@ def test_the_same_seed_gives_the_same_answer(llm: LLM) -> None:
         (SUM, {"stop": "text"}, UsageError, "stop strings must be a list"),
         (SUM, {"temperature": 0.5}, UsageError, r"no parameter 'temperature', .*sampling=Sampling"),
         (SUM, {"thinking": "off"}, UsageError, "thinking must be True or False, found 'off'"),
+        (SUM, {"stop": None}, UsageError, "stop strings must be a list of texts, .* found None"),
+        (SUM, {"constraint": "[0-9]+"}, UsageError, r"constraint must be a qwen3_tg\.Constraint"),
         (SUM, {"tools": "x"}, ChatError, "tools must be a list"),
+        (SUM, {"tools": 5}, ChatError, "tools must be a list"),
         (SUM, {"tools": [1]}, ChatError, "tools must be a list"),
         ([{"role": "user", "content": "7" * 3000}], {}, ContextError, "context 2048"),
         (SUM, {"sampling": {"temperature": 0}}, UsageError, NO_SAMPLING.format("dict")),
@@ -279,9 +286,96 @@ def test_what_is_no_sampling_is_refused_wherever_one_is_given(llm: LLM) -> None:
             call()
 
 
+def test_a_text_that_is_continued_says_how_to_sample_it(llm: LLM) -> None:
+    for begin in (llm.generate, llm.completion):
+        with pytest.raises(UsageError, match=r"no parameter 'temperature'; .*sampling=Sampling"):
+            begin("1 + 1", temperature=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [7, "ab", ["<|im_end|>"], [1.5]])
+def test_stop_ids_are_a_collection_of_ids(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(UsageError, match="stop_ids must be a collection of ids, found"):
+        llm.generate_ids([1], stop_ids=wrong)
+    assert next(llm.generate_ids([1], stop_ids={5, np.int64(6)})) >= 0
+
+
+@pytest.mark.parametrize("wrong", [-5, 0, "x", 2.0])
+def test_the_room_for_an_answer_is_a_count(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(UsageError, match="room must be at least 1 and an integer, found"):
+        llm.fit(SUM, room=wrong)
+
+
+def test_what_a_template_would_leave_out_is_not_rendered(llm: LLM) -> None:
+    with pytest.raises(ChatError, match=r"message 0: role must be one of .*, found 'bot'"):
+        llm.render([{"role": "bot", "content": "x"}])
+    with pytest.raises(ChatError, match="tools must be a list"):
+        llm.render(SUM, tools="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"tiny"])
+def test_a_model_is_a_name_or_a_path(wrong: Any) -> None:
+    with pytest.raises(UsageError, match="model must be a name or a path, found"):
+        qwen3_tg.load(wrong)
+    if wrong:
+        with pytest.raises(UsageError, match="draft must be a name or a path, found"):
+            qwen3_tg.load("tiny", draft=wrong)
+    assert qwen3_tg.load(TINY, context=64).context == 64
+
+
 def test_context_is_within_what_the_model_was_made_for() -> None:
     with pytest.raises(UsageError, match=r"context must be from 1 to 8192 .* found 8193"):
         qwen3_tg.load("tiny", context=8193)
+    wrong: Any
+    for wrong in ("2048", 2048.0):
+        with pytest.raises(UsageError, match=f"context must be an integer, found {wrong!r}"):
+            qwen3_tg.load("tiny", context=wrong)
+
+
+def test_what_ends_a_reply_also_ends_it_for_another_reader(llm: LLM) -> None:
+    loop = llm.chat(SUM)
+    with contextlib.closing(loop):
+        assert isinstance(next(loop), Thinking)
+    assert list(loop) == []
+    loop.close()
+    tools = llm.chat_with_tools(SUM, [])
+    with contextlib.closing(tools):
+        next(tools)
+    assert list(tools) == []
+    assert joined(llm.chat(SUM), Text) == "122"
+
+
+def test_a_reply_is_for_one_thread_at_a_time(llm: LLM) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(step: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    for end in (False, True):
+        inside.clear()
+        go_on.clear()
+        loop = llm.chat(SUM, on_step=wait)
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda f, p: f.extend(p), args=(found, loop))
+        thread.start()
+        assert inside.wait(60)
+        with pytest.raises(UsageError, match="a reply is being read already"):
+            next(loop)
+        if end:
+            loop.close()
+        go_on.set()
+        thread.join()
+        if end:
+            assert len(found) <= 1
+        else:
+            assert joined(iter(found), Text) == "122" and isinstance(found[-1], End)
+        assert list(loop) == []
+
+
+def test_a_model_is_neither_copied_nor_pickled(llm: LLM) -> None:
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="an LLM can be neither copied nor pickled"):
+            way(llm)
 
 
 class TestCheckpointsThatLackSomething:

@@ -354,3 +354,11 @@ def test_other_answers_and_turns_have_seeds_of_their_own_that_json_holds() -> No
         assert len({*others, seed}) == len(others) + 1
         assert max(others) < 2**53
         assert all(float(other) == other for other in others)
+
+
+def test_equal_settings_have_one_hash():
+    some = Sampling(temperature=0.5, logit_bias={1: -1.0, 2: 3.0})
+    same = Sampling(temperature=0.5, logit_bias={2: 3.0, 1: -1.0})
+    assert some == same and hash(some) == hash(same)
+    others = [Sampling(), Sampling(seed=1), Sampling(temperature=0.5), Sampling(logit_bias={1: 2})]
+    assert len({some, same, *others}) == 5

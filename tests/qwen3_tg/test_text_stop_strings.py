@@ -101,7 +101,7 @@ def test_text_after_a_flush_does_not_join_the_flushed_text():
     assert not stop.found
 
 
-@pytest.mark.parametrize("strings", ["END", [""], ["a", ""], [None], [5], [b"END"]])
+@pytest.mark.parametrize("strings", ["END", [""], ["a", ""], [None], [5], [b"END"], None, 7])
 def test_what_is_no_list_of_texts_is_refused(strings):
     with pytest.raises(UsageError, match="stop strings must be a list of texts, none empty") as e:
         StopStrings(strings)

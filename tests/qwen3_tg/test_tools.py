@@ -6,7 +6,7 @@ import functools
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -129,12 +129,17 @@ class TestSchemas:
         async def later() -> None:
             """Do."""
 
+        async def streams() -> AsyncIterator[int]:
+            """Do."""
+            yield 1
+
         problems = {
             silent: "no docstring",
             untyped: "no type annotation",
             undescribed: "does not describe it",
             many: "by name",
-            later: "plain function",
+            later: "tool later is async",
+            streams: "tool streams is async",
         }
         for function, problem in problems.items():
             with pytest.raises(UsageError, match=problem):
@@ -316,6 +321,11 @@ class TestCalls:
     def test_one_function_is_no_list_of_them(self) -> None:
         with pytest.raises(UsageError, match="a list of functions, found a single one"):
             Toolbox(calculator)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("wrong", [None, 5, "calculator", {"calculator": calculator}])
+    def test_what_is_no_list_of_functions_is_refused(self, llm: LLM, wrong: Any) -> None:
+        with pytest.raises(UsageError, match="tools are a list of functions, found"):
+            llm.chat_with_tools(QUESTION, wrong)
 
 
 def end(reason: str = "stop") -> End:
