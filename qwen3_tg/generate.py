@@ -9,6 +9,7 @@ captured again. Where tokens are guessed ahead (speculate.py), a third one compu
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -36,7 +37,33 @@ from qwen3_tg.tuning import Tuning
 # Positions whose logits are computed together where all are wanted: they are large.
 _EVERY_CHUNK = 64
 # tinygrad captures and schedules for a whole process: one thread computes at a time.
-ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A fork waits for that thread: a child has no other, and would never see the end of its step.
+    _release = _ONE_AT_A_TIME.release
+    os.register_at_fork(
+        before=_ONE_AT_A_TIME.acquire, after_in_parent=_release, after_in_child=_release
+    )
+
+
+class Turn:
+    """`with turn:` a thread computes, or reads and writes what is cached, while no other does. It
+    must be one of the process that made this object: a forked child would write to its parent's
+    memory. Raises UsageError."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError(
+                "the model was loaded in another process, and a forked one cannot use it: load it "
+                'in this one, or start processes with multiprocessing.get_context("spawn")'
+            )
+        _ONE_AT_A_TIME.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        _ONE_AT_A_TIME.release()
 
 
 class Engine:
@@ -44,7 +71,8 @@ class Engine:
     only what neither the cache nor the shelf holds yet, so callers never speak of positions.
 
     `context` is the most positions it takes, `shelf_bytes` the most that other texts take in the
-    host's memory."""
+    host's memory. Works in the process that made it: in another one all that computes, or reads or
+    writes what is cached, raises UsageError."""
 
     def __init__(
         self,
@@ -56,7 +84,7 @@ class Engine:
         tuning: Tuning,
         shelf_bytes: int,
     ):
-        self.context = context
+        self.context, self.turn = context, Turn()
         self.forward, self.kernels, self._vocab_size = forward, kernels, config.vocab_size
         self._config, self._policy = config, policy
         self._device, self._chunk = policy.device, policy.prefill_chunk
@@ -87,9 +115,10 @@ class Engine:
     def new_caches(self, count: int) -> list[KVCache]:
         """Those of a batch, with a position more than the context, where a full one waits. Raises
         DeviceError where there is no memory for them."""
-        caches = [self.new_cache(self.context + 1) for _ in range(count)]
-        self._check_room(sum(map(self.cache_bytes, caches)), f"what a batch of {count} keeps")
-        return caches
+        with self.turn:
+            caches = [self.new_cache(self.context + 1) for _ in range(count)]
+            self._check_room(sum(map(self.cache_bytes, caches)), f"what a batch of {count} keeps")
+            return caches
 
     def cache_bytes(self, cache: KVCache) -> int:
         """Bytes of a cache on each device."""
@@ -114,7 +143,7 @@ class Engine:
 
     def missing(self, ids: Sequence[int]) -> int:
         """How many of `ids` next_logits has to compute: none where the last one was guessed."""
-        with ONE_AT_A_TIME:  # another thread may be changing what is cached
+        with self.turn:  # another thread may be changing what is cached
             if self._was_guessed(list(ids)):
                 return 0
             shared = common_prefix(self._cached_ids, list(ids))
@@ -130,13 +159,13 @@ class Engine:
     def computed(self, ids: Sequence[int]) -> tuple[int, int]:
         """The longest beginning of `ids` whose keys and values are there: how many tokens, and
         bytes."""
-        with ONE_AT_A_TIME:
+        with self.turn:
             _, n = self._longest(list(ids))
             return n, n * sum(self.row_bytes)
 
     def give(self, ids: Sequence[int]) -> Kept | None:
         """A copy of that beginning; None where there is none."""
-        with ONE_AT_A_TIME:
+        with self.turn:
             text, n = self._longest(list(ids))
             if text:
                 return text.first(n)
@@ -151,7 +180,7 @@ class Engine:
         """Put a text that `give` gave, of this model and computed in these types, on the shelf.
         False where it takes more than `shelf_bytes`."""
         assert [array.shape[1] for array in text.rows] == self.row_bytes
-        with ONE_AT_A_TIME:
+        with self.turn:
             return self.shelf.keep(text.ids, text.prompt, text.nbytes, lambda: text.rows)
 
     def next_logits(self, ids: Sequence[int], guess: Sequence[int] = ()) -> np.ndarray:
@@ -160,14 +189,14 @@ class Engine:
         Where only the last id is missing, those after each of a `guess` of what follows are
         computed with it, as far as they fit: asked for next, they are there.
         Raises ContextError if they do not fit, UsageError for none or ids out of range."""
-        with ONE_AT_A_TIME:
+        with self.turn:
             return self._next_logits(list(ids), list(guess)[: self._size("few") - 1])
 
     def read_for_batch(self, ids: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits after a prompt that goes on elsewhere, and a copy of its rows, as KVCache.rows
         gives them. Its beginning is used by the next one that shares it, but never kept; what was
         cached before the first of them is."""
-        with ONE_AT_A_TIME:
+        with self.turn:
             if not self._is_of_batch and len(self._cached_ids) >= WORTH:
                 self._keep()
             self._is_of_batch = True
@@ -257,7 +286,7 @@ class Engine:
 
     def all_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after every one of `ids`: (S, V) float32. Errors as for next_logits."""
-        with ONE_AT_A_TIME:
+        with self.turn:
             return self._all_logits(list(ids))
 
     def _all_logits(self, ids: list[int]) -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qwen3_tg.errors import ContextError, DeviceError, UsageError, check_count
-from qwen3_tg.generate import ONE_AT_A_TIME, Engine
+from qwen3_tg.generate import Engine
 from qwen3_tg.kv_cache import KVCache
 from qwen3_tg.step_graph import BatchGraph
 
@@ -41,8 +41,9 @@ class Slots:
 
     def allocate(self) -> None:
         """Take the memory for the caches, if that is not done yet. Raises DeviceError."""
-        if not self._caches:
-            self._caches = self._engine.new_caches(self.size)
+        with self._engine.turn:
+            if not self._caches:
+                self._caches = self._engine.new_caches(self.size)
 
     def start(self, ids: Sequence[int]) -> tuple[int, np.ndarray]:
         """Read a prompt; its slot, and the logits after it, (V,) float32.
@@ -50,7 +51,7 @@ class Slots:
         Raises ContextError, UsageError and DeviceError as Engine.next_logits does."""
         if not self._free:
             raise UsageError(f"all {self.size} slots are taken; end() gives one back")
-        with ONE_AT_A_TIME:
+        with self._engine.turn:
             self.allocate()
             logits, rows = self._engine.read_for_batch(ids)
             slot = self._free[-1]
@@ -70,7 +71,7 @@ class Slots:
             self._engine.check_ids([id])
             if length >= self.context:
                 raise ContextError(f"slot {slot}: the context of {self.context} is full")
-        with ONE_AT_A_TIME:
+        with self._engine.turn:
             found: dict[int, np.ndarray | DeviceError] = {}
             for slot in new:
                 try:

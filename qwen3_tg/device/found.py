@@ -12,10 +12,12 @@ import ctypes
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from qwen3_tg import compiler
 from qwen3_tg.device import missing
+from qwen3_tg.device.forked import problem_after_fork
 from qwen3_tg.device.memory import Memory, memory_of
 from qwen3_tg.device.missing import Missing
 from qwen3_tg.device.names import DTYPE_NAMES, each, family, one_line
@@ -106,6 +108,9 @@ def pick(device: str | None) -> tuple[str, str]:
         problems[name] = problem_of(name)
         if problems[name] is None and not is_software(name):
             return name, FIRST
+        # what the parent has taken: not another one instead, in silence
+        if (lost := problem_after_fork(name)) and not is_software(name):
+            raise DeviceError(f'device {name} does not work: {lost}; or name another: device="CPU"')
     raise DeviceError(f"no device works here. CPU: {problems['CPU']}")
 
 
@@ -114,7 +119,7 @@ def problem_of(name: str) -> Missing | None:
     from tinygrad import Tensor
     from tinygrad.device import Device
 
-    if lacking := missing.before_opening(name):
+    if lacking := missing.before_opening(name) or problem_after_fork(name):
         return lacking
     try:
         Device[name]
@@ -185,6 +190,7 @@ def be_patient(name: str) -> None:
         device.wait_timeout_ms = _CPU_PATIENCE_MS
 
 
+@cache  # so that a forked child need not ask the driver
 def is_software(name: str) -> bool:
     """Whether an OpenCL device is the CPU."""
     if family(name) != "CL":
