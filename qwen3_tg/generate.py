@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NoReturn
 
 import numpy as np
 
@@ -101,6 +102,9 @@ class Engine:
         self._ahead: list[tuple[int, np.ndarray]] = []
         self._graphs: dict[str, StepGraph] = {}
         self.captures = 0
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("what a model computes with can be neither copied nor pickled")
 
     @property
     def cache_capacity(self) -> int:

@@ -376,6 +376,11 @@ def test_a_model_is_neither_copied_nor_pickled(llm: LLM) -> None:
     for way in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="an LLM can be neither copied nor pickled"):
             way(llm)
+    reply = llm.chat(SUM)
+    next(reply)
+    for what in (reply, llm.slots(2), llm.batch()):
+        with pytest.raises(TypeError):
+            copy.deepcopy(what)
 
 
 class TestCheckpointsThatLackSomething:
