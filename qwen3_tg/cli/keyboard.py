@@ -8,7 +8,13 @@ from collections.abc import Iterable, Iterator
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.completion import (
+    CompleteEvent,
+    Completer,
+    Completion,
+    PathCompleter,
+    get_common_complete_suffix,
+)
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import History
@@ -119,6 +125,22 @@ def _keys() -> KeyBindings:
     @keys.add("escape", "enter")
     def _line_break(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("tab")
+    def _complete(event: KeyPressEvent) -> None:
+        """prompt_toolkit's own forgets the key while it still looks for what fits."""
+        buffer, document = event.current_buffer, event.current_buffer.document
+        if buffer.complete_state and buffer.complete_state.completions:
+            buffer.complete_next()
+            return
+        wish = CompleteEvent(completion_requested=True)
+        found = list(buffer.completer.get_completions(document, wish))
+        if common := get_common_complete_suffix(document, found):
+            buffer.insert_text(common)
+        elif len(found) == 1:
+            buffer.apply_completion(found[0])
+        if len(found) > 1:
+            buffer.start_completion()
 
     @keys.add("c-c")
     def _drop(event: KeyPressEvent) -> None:

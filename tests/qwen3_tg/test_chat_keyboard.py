@@ -48,6 +48,31 @@ class TestKeys:
         found = keyboard.Keyboard(InMemoryHistory()).read()
         assert found is not None and keyboard.message(found) == message
 
+    @pytest.mark.parametrize(
+        ("typed", "message"),
+        [
+            ("/rea\tno\t\r", "/read notes.txt"),
+            ("/REA\tno\t\r", "/read notes.txt"),
+            ("/thinking s\t\r", "/thinking show"),
+            ("/thinking f\told\r", "/thinking fold"),
+            ("/s\t\r", "/s"),
+            ("/nothing\t\r", "/nothing"),
+            ("no\tcommand\r", "nocommand"),
+        ],
+    )
+    def test_tab_completes_however_fast_it_is_pressed(
+        self,
+        keys: PipeInput,
+        typed: str,
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "notes.txt").write_text("a text")
+        keys.send_text(typed)
+        assert keyboard.Keyboard(InMemoryHistory()).read() == message
+
     def test_a_dropped_line_can_be_brought_back(self, keys: PipeInput) -> None:
         keys.send_text("half\x03whole\r")
         known = InMemoryHistory()
