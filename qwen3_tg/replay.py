@@ -138,8 +138,8 @@ class Recording:
         """What it cannot have been recorded with, in words, or ""."""
         if not self.prompt or self.context < 1:
             return "no prompt, or no context"
-        if min(self.all_ids) < 0:
-            return f"{min(self.all_ids)} is no token id"
+        if (least := min(self.all_ids)) < 0:
+            return f"{least} is no token id"
         kept = [logit for best in self.logits.values() for logit in best.values()]
         if not all(map(math.isfinite, kept)):
             return "logits that are no numbers"

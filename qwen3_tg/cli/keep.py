@@ -29,15 +29,15 @@ class Keeper:
         """For --session: load the file if it is there, and keep it up to date from now on. What
         the command line says goes before what the file says. Raises UsageError."""
         path, options = _path(name), self._talk.options
-        if _exists(path):
+        is_new = not _exists(path)
+        if is_new:
+            self._computed.check(path)
+        else:
             found = session.read(path)
             chosen = {**found.settings, **settings.given(options)}
             found = replace(found, system=options.system or found.system, settings=chosen)
             self._take(found, path)
             self._computed.load(path)
-        else:
-            self._computed.check(path)
-        is_new = not _exists(path)
         self._path, self._always = path, True
         self._write(path)  # an unwritable place is found now, not after an answer
         if is_new:
